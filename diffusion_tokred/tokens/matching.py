@@ -1,0 +1,62 @@
+"""Bipartite soft matching: which source tokens merge into which destinations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .merge import Merge
+
+_SCORES_PER_CHUNK = 2**26  # bounds the score matrix held at one time (256 MiB in fp32)
+
+
+def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge:
+    """Merge the `r` sources that are most like a destination, each into its best one (ToMe, arXiv 2210.09461).
+
+    Similarity is the cosine, in float32 at least. A token of zero norm has similarity 0 to all. Equal similarities
+    are resolved arbitrarily.
+
+    Args:
+        x: (B, N, C) tokens to compare.
+        dst: (D,) int64 positions of the destinations, shared by the batch.
+        src: (S,) int64 positions of the sources; `dst` and `src` together hold each of the N positions once.
+        r: number of sources merged, in [0, S]; M = N - r tokens remain.
+        halves: the batch is this many equal parts, such as [uncond; cond], that share one matching: the similarity of
+            two tokens is the mean of it over the parts. Sample i of each part gets the same indices.
+
+    Returns:
+        A `Merge` of B rows.
+
+    Raises:
+        ValueError: `r` is not in [0, S], `dst` and `src` do not add up to N, or `halves` does not divide B.
+    """
+    b, n, c = x.shape
+    s, d = src.shape[0], dst.shape[0]
+    if s + d != n:
+        raise ValueError(f"dst and src must hold each of the {n} tokens once, got {d} + {s} positions")
+    if not 0 <= r <= s:
+        raise ValueError(f"cannot merge {r} tokens: this grid has {s} sources (of {n} tokens), so 0 <= r <= {s}")
+    if halves < 1 or b % halves:
+        raise ValueError(f"a batch of {b} does not have {halves} equal parts")
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale = torch.where(norm >= torch.finfo(x.dtype).tiny, norm.reciprocal(), 0.0)
+    x = x * scale
+    if halves > 1:  # the mean of cosines is the cosine of the parts laid end to end
+        x = x.view(halves, b // halves, n, c).permute(1, 2, 0, 3).reshape(b // halves, n, halves * c)
+    score, best = _best(x, dst, src)
+    top = score.topk(r, dim=-1, sorted=False).indices
+    representative = torch.arange(n, device=x.device).repeat(x.shape[0], 1)
+    representative = representative.scatter(1, src[top], dst[best.gather(1, top)])
+    return Merge(representative.repeat(halves, 1), n - r)
+
+
+def _best(x: Tensor, dst: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:
+    """Each source's largest dot product with a destination, and which: two of (B, S). Streams over rows of scores."""
+    targets = x.index_select(1, dst).mT
+    rows = max(1, _SCORES_PER_CHUNK // (x.shape[0] * dst.shape[0]))
+    found = [(x.index_select(1, part) @ targets).max(-1) for part in src.split(rows)]
+    if len(found) == 1:
+        return found[0].values, found[0].indices
+    return torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
