@@ -38,8 +38,7 @@ def positions(h: int, w: int, factor: int, mode: str, device: torch.device | str
     if mode not in MODES[:2]:
         raise ValueError(f"mode {mode!r} has no positions: use one of {', '.join(MODES[:2])}")
     rows, cols = pooled_grid(h, w, factor)
-    at = [i * w + j for i in _kept(h, rows, mode) for j in _kept(w, cols, mode)]
-    return torch.tensor(at, device=device)
+    return (_kept(h, rows, mode, device)[:, None] * w + _kept(w, cols, mode, device)).flatten()
 
 
 def downsample(x: Tensor, h: int, w: int, factor: int, mode: str = "nearest") -> Tensor:
@@ -73,8 +72,11 @@ def downsample(x: Tensor, h: int, w: int, factor: int, mode: str = "nearest") ->
     return image.flatten(2).transpose(1, 2)
 
 
-def _kept(old: int, new: int, mode: str) -> list[int]:
-    """Indices that nearest sampling keeps on one axis. In integers: floor((i + 0.5) * old / new) is exact this way."""
-    if mode == "nearest":
-        return [i * old // new for i in range(new)]
-    return [(2 * i + 1) * old // (2 * new) for i in range(new)]
+def _kept(old: int, new: int, mode: str, device: torch.device | str | None) -> Tensor:
+    """Indices that nearest sampling keeps on one axis: (new,) int64.
+
+    In integers, so exact. (`interpolate` computes them in float32 for float32 and below, and for a few sizes that do
+    not divide, such as 106 -> 26, it lands one row lower than its own formula. In float64 it agrees with this.)
+    """
+    i = torch.arange(new, device=device)
+    return i * old // new if mode == "nearest" else (2 * i + 1) * old // (2 * new)

@@ -40,23 +40,35 @@ def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge
         raise ValueError(f"a batch of {b} does not have {halves} equal parts")
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    scale = torch.where(norm >= torch.finfo(x.dtype).tiny, norm.reciprocal(), 0.0)
-    x = x * scale
-    if halves > 1:  # the mean of cosines is the cosine of the parts laid end to end
-        x = x.view(halves, b // halves, n, c).permute(1, 2, 0, 3).reshape(b // halves, n, halves * c)
-    score, best = _best(x, dst, src)
+    scale = _inverse_norm(x)
+    if halves == 1:
+        # A source's own norm does not change which destination is best: scale S scores, not S x C values.
+        score, best = _best(x, x.index_select(1, dst) * scale.index_select(1, dst), src)
+        score = score * scale[:, src, 0]
+    else:
+        # The mean of cosines is, up to a factor, the dot product of the unit tokens of all parts laid end to end.
+        x = (x * scale).view(halves, b // halves, n, c).permute(1, 2, 0, 3).reshape(b // halves, n, halves * c)
+        score, best = _best(x, x.index_select(1, dst), src)
     top = score.topk(r, dim=-1, sorted=False).indices
-    representative = torch.arange(n, device=x.device).repeat(x.shape[0], 1)
+    representative = torch.arange(n, device=x.device).repeat(b // halves, 1)
     representative = representative.scatter(1, src[top], dst[best.gather(1, top)])
     return Merge(representative.repeat(halves, 1), n - r)
 
 
-def _best(x: Tensor, dst: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:
-    """Each source's largest dot product with a destination, and which: two of (B, S). Streams over rows of scores."""
-    targets = x.index_select(1, dst).mT
-    rows = max(1, _SCORES_PER_CHUNK // (x.shape[0] * dst.shape[0]))
-    found = [(x.index_select(1, part) @ targets).max(-1) for part in src.split(rows)]
+def _inverse_norm(x: Tensor) -> Tensor:
+    """1 / norm of each token, (B, N, 1), and 0 for a token of no length."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.where(norm >= torch.finfo(x.dtype).tiny, norm.reciprocal(), 0.0)
+
+
+def _best(x: Tensor, targets: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:
+    """Each source's largest dot product with a target (B, D, C), and which: two of (B, S).
+
+    Streams over rows of scores, so that memory stays bounded; autocast, which would lower their precision, is off.
+    """
+    rows = max(1, _SCORES_PER_CHUNK // (x.shape[0] * targets.shape[1]))
+    with torch.autocast(x.device.type, enabled=False):
+        found = [(x.index_select(1, part) @ targets.mT).max(-1) for part in src.split(rows)]
     if len(found) == 1:
         return found[0].values, found[0].indices
     return torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)

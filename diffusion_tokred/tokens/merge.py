@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from .cells import compact
 
 
 class Merge:
-    """Merge N tokens into M and copy M outputs back to N places (ToMe-SD, arXiv 2303.17604).
+    """Merge N tokens into M, and copy M outputs back to N places (ToMe-SD, arXiv 2303.17604).
 
     A plain class on purpose: Dynamo can build it inside a graph and keep it as an attribute, which it cannot do with a
     frozen or slotted dataclass.
 
     Attributes:
-        at: (B, M) int64, ascending positions of the kept tokens.
+        at: (B, M) int64, positions of the kept tokens, ascending.
         slot: (B, N) int64 in [0, M), the place in `at` of each token's representative.
     """
 
     def __init__(self, representative: Tensor, m: int) -> None:
-        """Build from `representative` (B, N) int64, the position that speaks for each token.
+        """Build from the position that speaks for each token.
 
-        A token that speaks for itself is kept; there must be exactly `m` of them in each row, and every entry must
-        name one of them.
+        Args:
+            representative: (B, N) int64. A token that names itself is kept; every token names a kept one. (Not
+                checked: that would read the device.)
+            m: M, the number of kept tokens, the same in each row.
         """
         b, n = representative.shape
-        kept = representative == torch.arange(n, device=representative.device)
-        self.at = compact(kept, m)
-        self.slot = (kept.cumsum(-1) - 1).gather(1, representative)
-        batch = torch.arange(b, device=representative.device)[:, None]
-        self._kept = kept
-        self._rows = (self.slot + batch * m).flatten()  # of each token, in the flattened (B * M, C)
-        ones = torch.ones(b * n, device=representative.device)
-        self._weight = torch.zeros(b * m, device=representative.device).index_add_(0, self._rows, ones).reciprocal_()
+        device = representative.device
+        self._kept = representative == torch.arange(n, device=device)
+        self.slot = (self._kept.cumsum(-1) - 1).gather(1, representative)
+        # Tokens of a slot all write the same position, so the order of the writes does not matter.
+        self.at = torch.empty(b, m, dtype=torch.int64, device=device).scatter_(1, self.slot, representative)
+        # Row of each token's slot in the flattened (B * M, C), and the same as lists: tokens sorted by slot, where the
+        # list of each slot starts, and the length of the list that each of these tokens is in.
+        self._row = (self.slot + torch.arange(b, device=device)[:, None] * m).flatten()
+        ordered, self._token = self._row.sort(stable=True)
+        self._start = torch.searchsorted(ordered, torch.arange(b * m + 1, device=device))
+        self._count = self._start.diff()[ordered].float()
 
     def merge(self, y: Tensor) -> Tensor:
-        """Average the tokens of each slot, the kept one included: (B, N, C) -> (B, M, C), in `y`'s dtype."""
+        """Average the tokens of each slot, the kept one included: (B, N, C) -> (B, M, C), in `y`'s dtype.
+
+        Half types are summed in float32 and rounded once, with weights of their own type; a large sum cannot overflow.
+        """
         b, n, c = y.shape
-        m = self.at.shape[1]
-        total = torch.zeros(b * m, c, dtype=y.dtype, device=y.device).index_add_(0, self._rows, y.reshape(b * n, c))
-        return (total * self._weight[:, None].to(y.dtype)).view(b, m, c)
+        # One segmented mean, in a fixed order: several times faster than scatter_reduce, and without its atomic adds.
+        # Weights, because mode="mean" on the CPU rounds the sum to a half type before it divides.
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        weight = self._count.to(wide).reciprocal().to(y.dtype)
+        z = F.embedding_bag(
+            self._token, y.reshape(b * n, c), self._start, mode="sum", per_sample_weights=weight, include_last_offset=True
+        )
+        return z.view(b, -1, c)
 
     def unmerge(self, z: Tensor) -> Tensor:
         """Give each token its representative's row: (B, M, C) -> (B, N, C). Exact: rows are copied."""
         b, m, c = z.shape
-        return z.reshape(b * m, c).index_select(0, self._rows).view(b, -1, c)
+        return z.reshape(b * m, c).index_select(0, self._row).view(b, -1, c)
+
+    def counts(self) -> Tensor:
+        """Count the tokens of each slot, the kept one included: (B, M) int64; a row adds up to N."""
+        return self._start.diff().view(self.at.shape)
 
     def status(self) -> Tensor:
         """Tell what became of each token: (B, N) uint8, 0 = has an output of its own, 1 = merged away."""
