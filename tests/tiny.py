@@ -1,9 +1,11 @@
-"""Tiny random-weight diffusers pipelines, offline, for the whole test-suite. Nothing is cached; the same seed gives the same weights.
+"""Tiny random-weight diffusers pipelines, offline, for the whole test-suite. Nothing is cached; the same seed gives
+the same weights.
 
-Builders, all `(seed=0, scheduler=None) -> DiffusionPipeline` in float32 (`pipe.to(torch.float64)` works for all of them):
+Builders, all `(seed=0, scheduler=None) -> DiffusionPipeline` in float32 (`pipe.to(torch.float64)` works for all of
+them):
 
-    sd          UNet2DConditionModel shaped like SD1.5: attention at levels 0, 1, 2 and in the middle (level 3); latents 4x16x16
-    sdxl        UNet shaped like SDXL: none at the outermost level, 1 transformer block a site at 8x8, 2 at 4x4 and in the middle
+    sd          UNet2DConditionModel shaped like SD1.5: attention at levels 0, 1, 2 and in the middle (level 3)
+    sdxl        UNet shaped like SDXL: none at the outermost level, then 1 transformer block a site, then 2
     sd3         SD3Transformer2DModel, 3 joint blocks; `sd3(dual=(0, 1), qk_norm="rms_norm")` is SD3.5-medium's kind
     pixart      PixArtTransformer2DModel (Sigma), 3 blocks
     flux        FluxTransformer2DModel, 2 double and 2 single blocks; `flux(guidance_embeds=True)` is FLUX-dev's kind
@@ -12,14 +14,15 @@ Builders, all `(seed=0, scheduler=None) -> DiffusionPipeline` in float32 (`pipe.
 
 Calling them:
 
-    run(pipe, steps=3, seed=0, batch=1, guidance=4.0, **kw) -> Tensor    latents (packed for FLUX), a pure function of its arguments
-    inputs(pipe, seed=0, batch=1, ...) -> dict                           the prompt embeddings and pictures that `run` passes
-    denoiser(pipe) -> nn.Module                                          `pipe.unet` or `pipe.transformer`
+    run(pipe, steps=3, seed=0, batch=1, guidance=4, **kw) -> Tensor   latents (packed for FLUX); depends on these only
+    inputs(pipe, seed=0, batch=1, ...) -> dict                        the embeddings and pictures that `run` passes
+    denoiser(pipe) -> nn.Module                                       `pipe.unet` or `pipe.transformer`
     BUILDERS: dict name -> builder
 
-The default picture is 32x32 pixels = 16x16 latents (the tiny VAE has a factor of 2); `height=` and `width=` are in pixels. Conditional and
-unconditional embeddings differ in every value, and samples of a batch differ, so that mixing them up shows. `guidance <= 1` turns CFG off;
-FLUX takes it as `true_cfg_scale`: two separate passes, "cond" then "uncond".
+The default picture is 32x32 pixels = 16x16 latents (the tiny VAE has a factor of 2); `height=` and `width=` are in
+pixels. Conditional and unconditional embeddings differ in every value, and samples of a batch differ, so that mixing
+them up shows. `guidance <= 1` turns CFG off; FLUX takes it as `true_cfg_scale`: two separate passes, "cond" then
+"uncond".
 """
 
 from __future__ import annotations
@@ -136,7 +139,8 @@ def sd3(
         StableDiffusion3Pipeline(
             transformer=transformer, vae=_vae(latent_channels=16, shift=0.05),
             scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
-            text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+            text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+            text_encoder_3=None, tokenizer_3=None,
         )
     )  # fmt: skip
 
@@ -181,14 +185,18 @@ def dit(seed: int = 0, scheduler: Any = None) -> DiTPipeline:
         sample_size=16, patch_size=2, in_channels=4, out_channels=8, num_layers=3, attention_head_dim=16,
         num_attention_heads=2, num_embeds_ada_norm=1000,
     ).eval()  # fmt: skip
-    return _quiet(DiTPipeline(transformer=transformer, vae=_vae(), scheduler=scheduler or DDIMScheduler(clip_sample=False)))
+    return _quiet(
+        DiTPipeline(transformer=transformer, vae=_vae(), scheduler=scheduler or DDIMScheduler(clip_sample=False))
+    )
 
 
 BUILDERS = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "pixart": pixart, "flux": flux, "dit": dit}
 
 
 def img2img(pipe: Any) -> Any:
-    """The img2img pipeline over the components of an sd, sdxl, sd3 or flux pipeline (the same objects). `run` supplies a picture."""
+    """The img2img pipeline over the components of an sd, sdxl, sd3 or flux pipeline (the same objects). `run`
+    supplies a picture.
+    """
     return _around(
         pipe,
         {
@@ -201,7 +209,9 @@ def img2img(pipe: Any) -> Any:
 
 
 def inpaint(pipe: Any) -> Any:
-    """The inpainting pipeline over the components of an sd, sdxl, sd3 or flux pipeline; `run` supplies picture and mask."""
+    """The inpainting pipeline over the components of an sd, sdxl, sd3 or flux pipeline; `run` supplies picture and
+    mask.
+    """
     return _around(
         pipe,
         {
@@ -214,7 +224,9 @@ def inpaint(pipe: Any) -> Any:
 
 
 def controlnet(pipe: Any, seed: int = 0) -> Any:
-    """The ControlNet pipeline over the components of an sd or sdxl pipeline, with a ControlNet whose outputs are not zero."""
+    """The ControlNet pipeline over the components of an sd or sdxl pipeline, with a ControlNet whose outputs are not
+    zero.
+    """
     torch.manual_seed(seed + 1)
     kind = "sdxl" if "XL" in type(pipe).__name__ else "sd"
     net = ControlNetModel(conditioning_embedding_out_channels=(8, 16), **_unet_config(kind)).eval()
@@ -291,7 +303,9 @@ def inputs(
 
 @torch.no_grad()
 def run(pipe: Any, steps: int = 3, seed: int = 0, batch: int = 1, guidance: float = 4.0, **kw: Any) -> torch.Tensor:
-    """Call the pipeline and return its latents (DiT: pictures). `kw` goes to the pipeline and wins over what `inputs` supplies."""
+    """Call the pipeline and return its latents (DiT: pictures). `kw` goes to the pipeline and wins over what `inputs`
+    supplies.
+    """
     size = {k: kw.pop(k) for k in ("height", "width") if k in kw}
     generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
     call = inputs(pipe, seed, batch, guidance, **size) | dict(generator=generators, num_inference_steps=steps)
