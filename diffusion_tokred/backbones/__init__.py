@@ -1,0 +1,6 @@
+"""Floor 3: architectures. One file a family says where attention and feed-forward sit, and what each site can do."""
+
+from . import sd3, unet
+from .base import BACKBONES, Backbone, Layout, backbone_of, register_backbone
+
+__all__ = ["BACKBONES", "Backbone", "Layout", "backbone_of", "register_backbone", "sd3", "unet"]

@@ -1,0 +1,252 @@
+"""The root driver: one a patched denoiser. It decides eagerly, before each call, what the leaves will do.
+
+It stands in two native hooks on the denoiser (never in its `forward`: accelerate replaces that after every call), and
+shadows two methods of it: `_reset_stateful_cache`, which pipelines call at the end of a run, and `cache_context`, which
+names the passes of a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbones import Backbone, Layout
+from .measure.flops import Flops
+from .methods import Method
+from .runtime.ledger import Ledger
+from .runtime.site import BlockKeeper, GridKeeper, Leaf, Memory, Site
+from .runtime.stats import Report, StepRecord
+from .runtime.tracker import StepInfo, Tracker
+from .runtime.work import Work
+from .schedule.policy import Policy
+from .tokens import mix
+
+RECORDS = (None, "time", "tokens")
+# The last finished run of each denoiser, kept here and not on the model: unpatching leaves nothing on the model, and
+# the report is still wanted then.
+REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
+
+
+class Driver:
+    """A method at work on one denoiser."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        backbone: Backbone,
+        layout: Layout,
+        sites: list[Site],
+        method: Method,
+        policy: Policy,
+        seed: int,
+        record: str | None,
+    ) -> None:
+        self.denoiser, self.backbone, self.layout, self.sites = denoiser, backbone, layout, sites
+        self.method, self.policy, self.seed, self.record = method, policy, seed, record
+        self.levels = [level for level in layout.levels if any(site.level is level for site in sites)]
+        self.needs = {site.kind: method.needs(site.kind) for site in sites}
+        self.tracker = Tracker(denoiser)
+        self.ledger = Ledger()
+        self.flops = Flops(backbone, denoiser, layout.sites)
+        self.report: Report | None = None
+        self.info: StepInfo | None = None
+        self._memories: dict[tuple[Any, ...], Memory] = {}
+        self._maps: list[tuple[int, str, dict[int, Tensor]]] = []
+        self._counts: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
+        self._started = 0.0
+
+    # --- installing and removing ---------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Change the denoiser. Everything goes through the ledger."""
+        for module, level in self.layout.images:
+            if level in self.levels:
+                self.ledger.wrap(GridKeeper(module, level))
+        if self.method.watches_input:
+            for block in {id(site.block): site.block for site in self.sites}.values():
+                self.ledger.wrap(BlockKeeper(block))
+        for site in self.sites:
+            self.ledger.wrap(Leaf(site, self.method.apply))
+        self.ledger.hook(self.denoiser.register_forward_pre_hook(self.before, with_kwargs=True))
+        self.ledger.hook(self.denoiser.register_forward_hook(self.after, with_kwargs=True, always_call=True))
+        self._end_run = getattr(self.denoiser, "_reset_stateful_cache", None)
+        self.ledger.shadow(self.denoiser, "_reset_stateful_cache", self.end_run)
+        if hasattr(self.denoiser, "cache_context"):
+            self._context = self.denoiser.cache_context
+            self.ledger.shadow(self.denoiser, "cache_context", self.cache_context)
+        self.ledger.shadow(self.denoiser, "_tokred", self)
+
+    def remove(self) -> list[str]:
+        """Undo it. Returns what had to stay, inert, because another tool lies over it."""
+        self._close()
+        return self.ledger.revert()
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the denoiser: where are we, and what shall each site do."""
+        info = self.tracker.step(args, kwargs)
+        if info.new_run:
+            self._close()
+            self.report = Report(
+                self.method.name, self.method.config.to_dict(), type(denoiser).__name__
+            )
+        self.info = info
+        sample = _argument(args, kwargs, "sample" if "sample" in kwargs else "hidden_states", 0)
+        self.backbone.observe(self.layout, denoiser, sample)
+        for level in self.levels:
+            level.halves, level.status, level.recording = info.halves, None, self.record == "tokens"
+            level.key = torch.full(
+                (), mix(self.seed, info.index, level.index), dtype=torch.int64, device=sample.device
+            )
+            key = (level.index, "" if self.method.shares_passes else info.pass_key, info.batch)
+            level.memory = self._memories.setdefault(key, Memory())
+        led: set[int] = set()
+        for site in self.sites:
+            mode, ratio = self.policy.at(info.u, site.level.index, site.kind, site.block.index)
+            memory = site.level.memory
+            site.leader = mode != "full" and site.level.index not in led
+            site.plan.set(mode, ratio)
+            site.plan.refresh = (
+                memory.value is None
+                or memory.text != site.plan.text
+                or not 0 <= info.index - memory.index < max(self.method.every, 1)
+            )
+            if site.leader:
+                led.add(site.level.index)
+            site.enter(self.needs[site.kind])
+        for site in self.sites:
+            if site.leader and site.plan.refresh:
+                site.level.memory.index, site.level.memory.text = info.index, site.plan.text
+        if self.record == "time":
+            _synchronize(sample)
+            self._started = time.perf_counter()
+
+    def after(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After the denoiser, also after an exception: close the step."""
+        for site in self.sites:
+            site.leave()
+            site.block.input = site.block.scratch = None
+        if output is None or self.report is None or self.info is None:
+            return
+        sample = _argument(args, kwargs, "sample" if "sample" in kwargs else "hidden_states", 0)
+        seconds = None
+        if self.record == "time":
+            _synchronize(sample)
+            seconds = time.perf_counter() - self._started
+        self.report.steps.append(self._record(self.info, sample, _text_tokens(args, kwargs), seconds))
+        if self.record == "tokens":
+            seen = {level.index: level.status for level in self.levels if level.status is not None}
+            for half in range(self.info.halves):
+                name = self.info.pass_key if self.info.halves == 1 else f"{self.info.pass_key}.{half}"
+                row = half * (self.info.batch // self.info.halves)
+                maps = {index: status[row].reshape(self._grid(index)).cpu() for index, status in seen.items()}
+                self._maps.append((self.info.index, name, maps))
+
+    def end_run(self, *args: Any, **kwargs: Any) -> None:
+        """In the place of `_reset_stateful_cache`: the pipeline says that the run is over."""
+        if self.tracker.finish():
+            self._close()
+        if self._end_run is not None:
+            self._end_run(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """In the place of the denoiser's: remember the name of the pass."""
+        before, self.tracker.context = self.tracker.context, str(args[0] if args else kwargs.get("name"))
+        try:
+            with self._context(*args, **kwargs) as value:
+                yield value
+        finally:
+            self.tracker.context = before
+
+    # --- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _close(self) -> None:
+        """A run is over: publish its report, keep nothing."""
+        if self.report is not None and self.report.steps:
+            self.report.token_map = self._token_map()
+            REPORTS[self.denoiser] = self.report
+        self.report = self.info = None
+        self._memories.clear()
+        self._maps.clear()
+        for level in self.levels:
+            level.memory, level.status, level.key = Memory(), None, None
+
+    def _grid(self, index: int) -> tuple[int, int]:
+        return next(level.grid for level in self.levels if level.index == index and level.grid is not None)
+
+    def _record(self, info: StepInfo, sample: Tensor, text: int, seconds: float | None) -> StepRecord:
+        plans = tuple(site.plan.text if site.plan.mode != "full" else "" for site in self.sites)
+        key = (tuple(sample.shape), text, plans)
+        if key not in self._counts:
+            self._counts[key] = self._count(sample, text)
+        total, computed, flops, dense = self._counts[key]
+        active = next((site.plan for site in self.sites if site.plan.mode != "full"), None)
+        return StepRecord(
+            info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma,
+            active.mode if active else "full", active.ratio if active else 0.0, total, computed, flops, dense, seconds,
+        )  # fmt: skip
+
+    def _count(self, sample: Tensor, text: int) -> tuple[int, int, int, int]:
+        """Tokens and FLOPs of the step: total and computed, reduced and dense."""
+        height, width = sample.shape[-2:]
+        levels = self.layout.levels
+        grids = {v.index: g for v, g in zip(levels, self.backbone.grids(self.denoiser, height, width), strict=True)}
+        grids |= {level.index: level.grid for level in self.levels if level.grid is not None}
+        work = {
+            site.name: self.method.work(site, grids[site.level.index], site.plan.ratio)
+            for site in self.sites
+            if site.plan.mode != "full"
+        }
+        total = sum(grids[site.level.index][0] * grids[site.level.index][1] for site in self.sites)
+        computed = total
+        for site in self.sites:
+            if site.name in work:
+                n = grids[site.level.index][0] * grids[site.level.index][1]
+                computed -= n - min(work[site.name].queries, work[site.name].keys)
+        dense = self.flops.call(height, width, sample.shape[0], text, grids)
+        reduced = self.flops.call(
+            height, width, sample.shape[0], text, grids, lambda site, grid: _get(work, site.name)
+        )
+        return total, computed, reduced, dense
+
+    def _token_map(self) -> np.ndarray | None:
+        """uint8 [step, pass, level, h, w] on the largest level's grid, from the maps of the steps."""
+        if not self._maps:
+            return None
+        steps, passes = max(m[0] for m in self._maps) + 1, list(dict.fromkeys(m[1] for m in self._maps))
+        h, w = self._grid(min(level.index for level in self.levels))
+        result = np.zeros((steps, len(passes), len(self.levels), h, w), dtype=np.uint8)
+        for step, name, maps in self._maps:
+            for place, level in enumerate(self.levels):
+                if level.index in maps:
+                    full = F.interpolate(maps[level.index][None, None].float(), size=(h, w), mode="nearest")
+                    result[step, passes.index(name), place] = full[0, 0].to(torch.uint8).numpy()
+        return result
+
+
+def _get(work: dict[str, Work], name: str) -> Work | None:
+    return work.get(name)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: int) -> Any:
+    return kwargs[name] if name in kwargs else args[place]
+
+
+def _text_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+    return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        torch.accelerator.synchronize(tensor.device)

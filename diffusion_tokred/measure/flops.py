@@ -1,0 +1,68 @@
+"""FLOPs of a denoiser call, counted from the modules: 2 a multiply-add of linear layers, convolutions and attention.
+
+They agree with `torch.utils.flop_counter` under maths attention (which, for CPU flash attention, does not count the
+attention at all). A FLOP ratio is not a speed-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from ..backbones import Backbone
+from ..runtime.site import Site
+from ..runtime.work import Weights, Work, macs
+
+
+class Flops:
+    """FLOPs of one denoiser at any size; the modules are read once.
+
+    Args:
+        backbone: the denoiser's family.
+        denoiser: the model.
+        sites: its sites, all of them.
+    """
+
+    def __init__(self, backbone: Backbone, denoiser: nn.Module, sites: list[Site]) -> None:
+        self.backbone, self.denoiser, self.sites = backbone, denoiser, sites
+        self._weights: dict[str, Weights] = {}
+        self._rest: dict[tuple[int, int, int], int] = {}
+
+    def site(self, site: Site, work: Work, batch: int, text: int) -> int:
+        """FLOPs of a site that computes `work` rows of each of `batch` samples, with `text` text tokens."""
+        if site.name not in self._weights:
+            self._weights[site.name] = site.weights()
+        return self._weights[site.name].flops(work, batch, text)
+
+    def rest(self, height: int, width: int, batch: int, text: int) -> int:
+        """FLOPs outside the sites, for latents of `height` x `width`."""
+        key = (height, width, text)
+        if key not in self._rest:
+            parts = self.backbone.rest(self.denoiser, height, width, text)
+            self._rest[key] = 2 * sum(macs(module) * rows for module, rows in parts)
+        return batch * self._rest[key]
+
+    def call(
+        self,
+        height: int,
+        width: int,
+        batch: int,
+        text: int,
+        grids: dict[int, tuple[int, int]],
+        work: Callable[[Site, tuple[int, int]], Work | None] = lambda site, grid: None,
+    ) -> int:
+        """FLOPs of one denoiser call.
+
+        Args:
+            height, width: latent size.
+            batch: samples, both halves of a CFG pair counted.
+            text: text tokens.
+            grids: token grid of each level, by index.
+            work: rows computed at a site; None for a dense site.
+        """
+        total = self.rest(height, width, batch, text)
+        for site in self.sites:
+            grid = grids[site.level.index]
+            total += self.site(site, work(site, grid) or Work(grid[0] * grid[1]), batch, text)
+        return total

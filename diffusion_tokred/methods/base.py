@@ -1,0 +1,188 @@
+"""What a method file provides: a frozen config and what to do at a site. No diffusers class is known here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from ..errors import ConfigError
+from ..runtime.site import Call, Out, Site
+from ..runtime.work import Work
+
+_VERSION = 1
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A field of a config: default, one sentence of help, and limits that the command line and the app show too.
+
+    Limits: `low` and `high` (inclusive), or `choices`.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Base of all configs: validated when made, serialised with `_type` and `_version`."""
+
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, limits = getattr(self, field.name), field.metadata
+            kind = type(field.default)
+            if kind is float and type(value) is int:
+                object.__setattr__(self, field.name, value := float(value))
+            if kind in (int, float, bool, str) and (type(value) is not kind):
+                raise ConfigError(f"{self.name}: {field.name} must be {kind.__name__}, got {value!r}")
+            if kind is tuple:
+                if isinstance(value, int):
+                    value = (value,)
+                if not isinstance(value, (tuple, list)) or not all(type(v) is int and v >= 0 for v in value):
+                    raise ConfigError(f"{self.name}: {field.name} must be integers >= 0 such as (0, 1), got {value!r}")
+                object.__setattr__(self, field.name, tuple(value))
+            if "choices" in limits and value not in limits["choices"]:
+                raise ConfigError(f"{self.name}: {field.name} must be one of {_list(limits['choices'])}, got {value!r}")
+            low, high = limits.get("low", float("-inf")), limits.get("high", float("inf"))
+            if ("low" in limits or "high" in limits) and not low <= value <= high:
+                raise ConfigError(f"{self.name}: {field.name} must be in [{low:g}, {high:g}], got {value!r}")
+
+    @property
+    def share(self) -> float:
+        """The ratio that this config asks for: share of tokens not computed."""
+        raise NotImplementedError
+
+    @property
+    def keep(self) -> float:
+        """The papers' keep ratio: 1 - ratio."""
+        return 1.0 - self.share
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, with `_type` (the method's name) and `_version`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {"_type": self.name, "_version": _VERSION} | {
+            key: list(value) if isinstance(value, tuple) else value for key, value in values.items()
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> MethodConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown type, a newer version, an unknown or a wrong field.
+        """
+        data = dict(data)
+        name, version = data.pop("_type", None), data.pop("_version", None)
+        if version != _VERSION:
+            raise ConfigError(f"a config of version {version!r} cannot be read: this library reads version {_VERSION}")
+        return make_config(str(name), **data)
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A row of `methods()`."""
+
+    name: str
+    config: type[MethodConfig]
+    sites: tuple[str, ...]
+    paper: str
+    backbones: tuple[str, ...]
+
+
+class Method:
+    """A method at work on one denoiser. Subclass it in one file and decorate with `register_method`.
+
+    Attributes:
+        paper: "Title, arXiv number".
+        kinds: site kinds it can use.
+        modes: modes that a policy may ask of it.
+        watches_input: True if it reads `block.input`.
+        every: what it keeps in a level's memory is made anew after this many steps; 0 or 1: at every step.
+        shares_passes: True if the passes of a step (conditional, unconditional) share the level's memory.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    kinds: ClassVar[tuple[str, ...]] = ()
+    modes: ClassVar[tuple[str, ...]] = ("full", "reduce")
+    watches_input: ClassVar[bool] = False
+    every: int = 1
+    shares_passes: bool = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def wants(self, site: Site) -> bool:
+        """Whether it would act at this site with these options."""
+        raise NotImplementedError
+
+    def needs(self, kind: str) -> frozenset[str]:
+        """Which of `runtime.site.OFFERS` a site of this kind must have."""
+        raise NotImplementedError
+
+    def check(self, ratio: float) -> None:
+        """Refuse a ratio that the method cannot do.
+
+        Raises:
+            ConfigError: with what is allowed.
+        """
+        raise NotImplementedError
+
+    def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
+        """How many rows the site computes of one sample."""
+        raise NotImplementedError
+
+    def apply(self, call: Call) -> Out:
+        """Act at a site. Called inside the model, maybe under `torch.compile`: static shapes, no generator, no branch
+        on data."""
+        raise NotImplementedError
+
+
+METHODS: dict[str, type[Method]] = {}
+CONFIGS: dict[str, type[MethodConfig]] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register_method(name: str, config: type[MethodConfig]) -> Callable[[_M], _M]:
+    """Class decorator: make a method known under `name`, with its config class."""
+
+    def register(method: _M) -> _M:
+        method.name = config.name = name
+        METHODS[name], CONFIGS[name] = method, config
+        return method
+
+    return register
+
+
+def make_config(method: str, **options: Any) -> MethodConfig:
+    """The config of a method by name, with options checked by name.
+
+    Raises:
+        ConfigError: unknown method or option (with the nearest known one), or a value out of range.
+    """
+    if method not in CONFIGS:
+        raise ConfigError(f"unknown method {method!r}{_nearest(method, CONFIGS)}; methods: {', '.join(CONFIGS)}")
+    known = [f.name for f in fields(CONFIGS[method])]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{method} has no option {name!r}{_nearest(name, known)}; options: {', '.join(known)}")
+    return CONFIGS[method](**options)
+
+
+def make_method(config: MethodConfig) -> Method:
+    """The method that a config belongs to."""
+    for name, kind in CONFIGS.items():
+        if type(config) is kind:
+            return METHODS[name](config)
+    raise ConfigError(f"{type(config).__name__} is not a config of a registered method: {', '.join(CONFIGS)}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _list(values: Any) -> str:
+    return ", ".join(repr(v) for v in values)

@@ -1,0 +1,74 @@
+"""ToDo: all queries, keys and values from a downsampled grid; nothing to match and nothing to undo (arXiv 2402.13573)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..runtime.site import KV, Call, Out, Site
+from ..runtime.work import Work
+from ..tokens import MODES, downsample, pooled_grid, positions
+from .base import Method, MethodConfig, option, register_method
+
+
+@dataclass(frozen=True)
+class ToDoConfig(MethodConfig):
+    """Token downsampling (arXiv 2402.13573). The defaults are the paper's: factor 2, nearest, largest level.
+
+    Keys and values come from the token grid pooled by `factor` on each side; every token still asks. The ratio, the
+    share of tokens without keys and values of their own, is 1 - 1 / factor**2.
+    """
+
+    factor: int = option(2, "pooling factor a side; the authors' for 1024, 1536, 2048 px: 2, 3, 4", low=1, high=64)
+    levels: tuple[int, ...] = option((0,), "attention levels, 0 the largest")
+    mode: str = option("nearest", "how the grid is pooled", choices=MODES)
+
+    @property
+    def share(self) -> float:
+        return 1 - 1 / self.factor**2
+
+
+@register_method("todo", ToDoConfig)
+class ToDo(Method):
+    paper = "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images, arXiv 2402.13573"
+    kinds = ("attention",)
+    config: ToDoConfig
+
+    def wants(self, site: Site) -> bool:
+        return site.kind == "attention" and site.level.index in self.config.levels
+
+    def needs(self, kind: str) -> frozenset[str]:
+        return frozenset({"kv_select" if self.config.mode in MODES[:2] else "kv"})
+
+    def check(self, ratio: float) -> None:
+        _factor(ratio)
+
+    def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
+        h, w = pooled_grid(*grid, _factor(ratio))
+        return Work(grid[0] * grid[1], h * w)
+
+    def apply(self, call: Call) -> Out:
+        (h, w), mode = call.grid, self.config.mode
+        factor = _factor(call.plan.ratio)
+        at = positions(h, w, factor, mode, call.x.device) if mode in MODES[:2] else None
+        call.note(partial(_status, call.x, at))
+        return call.compute(kv=KV(partial(downsample, h=h, w=w, factor=factor, mode=mode), at))
+
+
+def _factor(ratio: float) -> int:
+    factor = round((1 - ratio) ** -0.5) if 0 <= ratio < 1 else 0
+    if factor < 1 or abs(1 - 1 / factor**2 - ratio) > 1e-3:
+        raise ConfigError(
+            f"todo: ratio {ratio:g} is not that of a whole pooling factor: 0, 0.75, 0.8889, 0.9375, ... (1 - 1/factor²)"
+        )
+    return factor
+
+
+def _status(x: Tensor, at: Tensor | None) -> Tensor:
+    """Tokens without keys and values of their own: pruned where some were chosen, merged where they were averaged."""
+    status = torch.full(x.shape[:2], 1 if at is None else 4, dtype=torch.uint8, device=x.device)
+    return status if at is None else status.index_fill(1, at, 0)

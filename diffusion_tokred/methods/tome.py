@@ -1,0 +1,111 @@
+"""ToMe-SD: merge similar tokens before a module, copy its output back after (arXiv 2303.17604)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..runtime.site import Call, Out, Site
+from ..runtime.work import Work
+from ..tokens import Merge, destinations, draw, match, split
+from .base import Method, MethodConfig, option, register_method
+
+
+@dataclass(frozen=True)
+class ToMeConfig(MethodConfig):
+    """Token merging for Stable Diffusion (arXiv 2303.17604). The defaults are the published ones.
+
+    In each `sy` x `sx` cell of the token grid one token is a destination; of all others, the share `ratio` of tokens
+    that is most like a destination (cosine similarity of the block's input) is averaged into it.
+    """
+
+    ratio: float = option(0.5, "share of tokens merged away; the paper's r. 0 is dense", low=0.0, high=0.99)
+    levels: tuple[int, ...] = option((0,), "attention levels, 0 the largest (SD1.5 at 512: 64x64, 32x32, ...)")
+    sx: int = option(2, "width of a cell in tokens", low=1, high=64)
+    sy: int = option(2, "height of a cell in tokens", low=1, high=64)
+    randomize: bool = option(True, "draw each cell's destination anew at each step; False: its top-left token")
+    merge_attn: bool = option(True, "merge around self-attention")
+    merge_cross_attn: bool = option(False, "merge around cross-attention")
+    merge_ff: bool = option(False, "merge around the feed-forward")
+    reuse_every: int = option(
+        0, "0: match in each block, as published; k: one matching a level, shared by its blocks for k steps", low=0
+    )
+    share_cfg: bool = option(False, "the level's matching is one for the conditional and the unconditional half")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sx * self.sy < 2:
+            raise ConfigError("tome: a cell of sx=1, sy=1 has no token to merge: use sx=2, sy=2")
+        _check(self.ratio, self)
+        if self.share_cfg and not self.reuse_every:
+            raise ConfigError("tome: share_cfg shares a level's matching: set reuse_every=1 or more with it")
+        if not (self.merge_attn or self.merge_cross_attn or self.merge_ff):
+            raise ConfigError("tome: nothing to merge around: set merge_attn, merge_cross_attn or merge_ff")
+
+    @property
+    def share(self) -> float:
+        return self.ratio
+
+
+@register_method("tome", ToMeConfig)
+class ToMe(Method):
+    paper = "Token Merging for Fast Stable Diffusion, arXiv 2303.17604"
+    kinds = ("attention", "cross_attention", "feed_forward")
+    watches_input = True
+    config: ToMeConfig
+
+    def wants(self, site: Site) -> bool:
+        c = self.config
+        sites = {"attention": c.merge_attn, "cross_attention": c.merge_cross_attn, "feed_forward": c.merge_ff}
+        return sites.get(site.kind, False) and site.level.index in c.levels
+
+    def needs(self, kind: str) -> frozenset[str]:
+        return frozenset({"at"})
+
+    def check(self, ratio: float) -> None:
+        _check(ratio, self.config)
+
+    @property
+    def every(self) -> int:
+        return self.config.reuse_every
+
+    @property
+    def shares_passes(self) -> bool:
+        return self.config.share_cfg
+
+    def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
+        n = grid[0] * grid[1]
+        return Work(n - int(n * ratio))
+
+    def apply(self, call: Call) -> Out:
+        m = self._plan(call)
+        call.note(m.status)
+        return call.compute(m.merge(call.x), at=m.at).map(m.unmerge)
+
+    def _plan(self, call: Call) -> Merge:
+        """This block's matching, or the level's: made by the first that needs it, in a slot that outlives the call."""
+        if not self.config.reuse_every:
+            if call.block.scratch is None:
+                call.block.scratch = self._match(call)
+            return call.block.scratch
+        if call.plan.refresh and call.site.leader:
+            call.level.memory.value = self._match(call)
+        return call.level.memory.value
+
+    def _match(self, call: Call) -> Merge:
+        c, level = self.config, call.level
+        h, w = call.grid
+        offset = draw(level.key, (h // c.sy) * (w // c.sx), c.sy * c.sx) if c.randomize else None
+        x = call.block.input
+        dst = destinations(h, w, c.sy, c.sx, offset, device=x.device)
+        r = int(h * w * call.plan.ratio)
+        return match(x, dst, split(dst, h * w), r, halves=level.halves if c.share_cfg else 1)
+
+
+def _check(ratio: float, config: ToMeConfig) -> None:
+    cap = 1 - 1 / (config.sx * config.sy)
+    if not 0 <= ratio <= cap:
+        raise ConfigError(
+            f"tome: ratio {ratio:g} is not in [0, {cap:g}]: a cell of {config.sy}x{config.sx} keeps one token in "
+            f"{config.sx * config.sy}; for more, enlarge sx and sy"
+        )

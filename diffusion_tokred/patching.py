@@ -1,0 +1,208 @@
+"""`patch`, `unpatch`, `patched`, `report`: the calls a user makes."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .backbones import BACKBONES, Backbone, Layout, backbone_of
+from .driver import RECORDS, REPORTS, Driver
+from .errors import ConfigError, UnsupportedError
+from .methods import METHODS, Method, MethodConfig, MethodInfo, make_config, make_method
+from .runtime.site import OFFERS, Site
+from .runtime.stats import Report
+from .schedule.policy import Policy, as_policy
+
+_T = TypeVar("_T")
+_PARTS = ("unet", "transformer", "transformer_2", "prior")
+
+
+def patch(
+    target: _T,
+    config: MethodConfig | None = None,
+    *,
+    method: str | None = None,
+    policy: Any = None,
+    seed: int = 0,
+    record: str | None = None,
+    **options: Any,
+) -> _T:
+    """Put a token-reduction method on a pipeline or a denoiser. Undone, exactly, by `unpatch`.
+
+    Args:
+        target: a diffusers pipeline, or its denoiser (UNet, transformer). Changed in place, and returned. Pipelines
+            that share the denoiser (`from_pipe`) share the patch.
+        config: a method's config, such as `ToMeConfig(ratio=0.5)`; or
+        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config.
+        policy: the ratio as a function of the noise level, instead of the config's constant one: a number, a `Policy`,
+            a list of points (u, ratio) or (u, ratio, mode), or a function of u.
+        seed: of the method's own random draws; no generator of torch is read or changed.
+        record: "time" to measure each denoiser call (waits for the device), "tokens" to keep a map of what became of
+            each token. Both go into `report`.
+
+    Raises:
+        ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy.
+        UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site. Nothing
+            has been changed then.
+    """
+    config = _resolve(config, method, options)
+    rule = _policy(config, policy)
+    if record not in RECORDS:
+        raise ConfigError(f"record must be one of {', '.join(map(repr, RECORDS))}, got {record!r}")
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed must be an integer, got {seed!r}")
+    drivers = [_plan(denoiser, make_method(config), rule, seed, record) for denoiser in denoisers(target)]
+    for driver in drivers:
+        if isinstance(before := driver.denoiser.__dict__.get("_tokred"), Driver):
+            _warn(before.remove())
+            # Planned over the old patch: plan again on what is there now.
+            driver = _plan(driver.denoiser, driver.method, rule, seed, record)
+        if target is not driver.denoiser:
+            driver.tracker.watch(target)
+        driver.install()
+    return target
+
+
+def unpatch(target: _T) -> _T:
+    """Take the patch off again, bit-exact, leaving nothing. No effect on what is not patched."""
+    for denoiser in denoisers(target):
+        if isinstance(driver := denoiser.__dict__.get("_tokred"), Driver):
+            _warn(driver.remove())
+    return target
+
+
+@contextlib.contextmanager
+def patched(target: _T, config: MethodConfig | None = None, **options: Any) -> Iterator[_T]:
+    """`patch` for the length of a `with` block. Takes the arguments of `patch`."""
+    patch(target, config, **options)
+    try:
+        yield target
+    finally:
+        unpatch(target)
+
+
+def report(target: Any) -> Report | None:
+    """What the last finished run did, step by step; also after `unpatch`. None if no patched run has finished."""
+    for denoiser in denoisers(target):
+        if (found := REPORTS.get(denoiser)) is not None:
+            return found
+    return None
+
+
+def methods() -> list[MethodInfo]:
+    """All methods, with the backbones they work on."""
+    return [
+        MethodInfo(
+            name,
+            config_of(name),
+            kind.kinds,
+            kind.paper,
+            tuple(b for b in BACKBONES if not why_not(kind(config_of(name)()), BACKBONES[b])),
+        )
+        for name, kind in METHODS.items()
+    ]
+
+
+def config_of(method: str) -> type[MethodConfig]:
+    """The config class of a method."""
+    return type(make_config(method))
+
+
+def why_not(method: Method, backbone: Backbone) -> str | None:
+    """Why a method, with its options, cannot work on a family; None if it can."""
+    kinds = {site.kind: site.offers for site in backbone.sites}
+    usable = [kind for kind in method.kinds if kind in kinds and method.needs(kind) <= kinds[kind]]
+    if usable:
+        return None
+    needs = sorted({need for kind in method.kinds for need in method.needs(kind)})
+    return f"{method.name} needs " + "; ".join(OFFERS[n] for n in needs) + f", which no site of {backbone.name} offers"
+
+
+def denoisers(target: Any) -> list[nn.Module]:
+    """The denoisers of a pipeline, or the target itself; `torch.compile`'s wrapper is looked through.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    if isinstance(target, nn.Module):
+        found: list[Any] = [target]
+    else:
+        found = [part for name in _PARTS if isinstance(part := getattr(target, name, None), nn.Module)]
+    if not found:
+        raise UnsupportedError(
+            f"{type(target).__name__} is neither a denoiser nor a pipeline with one ({', '.join(_PARTS)})"
+        )
+    return [getattr(module, "_orig_mod", module) for module in found]
+
+
+def _resolve(config: MethodConfig | None, method: str | None, options: dict[str, Any]) -> MethodConfig:
+    if config is None:
+        if method is None:
+            raise ConfigError(f"which method? pass method= one of: {', '.join(METHODS)}, or a config")
+        return make_config(method, **options)
+    if not isinstance(config, MethodConfig):
+        raise ConfigError(f"a config is an object such as ToMeConfig(ratio=0.5), got {config!r}; for a name use method=")
+    if method is not None and method != config.name:
+        raise ConfigError(f"method={method!r} contradicts the config, which is for {config.name!r}")
+    if options:
+        raise ConfigError(f"options beside a config: put {', '.join(options)} into the {type(config).__name__}")
+    return config
+
+
+def _policy(config: MethodConfig, policy: Any) -> Policy:
+    """The policy to run by, its points checked against what the method can do."""
+    method = make_method(config)
+    rule = Policy.constant(config.share) if policy is None else as_policy(policy)
+    for _, ratio, mode in rule.points:
+        method.check(ratio)
+        if mode not in method.modes:
+            raise ConfigError(f"{method.name} has no mode {mode!r}: its modes are {', '.join(method.modes)}")
+    return rule
+
+
+def _plan(denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None) -> Driver:
+    """Everything checked, nothing changed."""
+    backbone = backbone_of(denoiser)
+    layout = backbone.layout(denoiser)
+    sites = choose(layout, method)
+    if not sites:
+        raise UnsupportedError(_nothing(layout, method, denoiser))
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise UnsupportedError(
+            f"a built-in cache of diffusers is enabled on this {type(denoiser).__name__}: call disable_cache() first"
+        )
+    if getattr(denoiser, "_parallel_config", None) is not None:
+        raise UnsupportedError("context parallelism splits the tokens over devices: token reduction cannot work on it")
+    for site in sites:
+        needs = method.needs(site.kind)
+        if missing := needs - site.offers:
+            what = "; ".join(OFFERS[need] for need in sorted(missing))
+            raise UnsupportedError(f"{method.name} needs at {site.name} what {backbone.name} cannot do there: {what}")
+        if reason := site.refusal(needs):
+            raise UnsupportedError(f"{method.name} at {site.name}: {reason}")
+    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record)
+
+
+def choose(layout: Layout, method: Method) -> list[Site]:
+    """The sites that a method would use."""
+    return [site for site in layout.sites if method.wants(site)]
+
+
+def _nothing(layout: Layout, method: Method, denoiser: nn.Module) -> str:
+    there = {}
+    for site in layout.sites:
+        there.setdefault(site.level.index, set()).add(site.kind)
+    found = "; ".join(f"level {level}: {', '.join(sorted(kinds))}" for level, kinds in sorted(there.items()))
+    return (
+        f"{method.name} with these options matches nothing in this {type(denoiser).__name__}: {method.config}. "
+        f"It has {found or 'no transformer blocks'}. Change levels, or the kinds of module to act on."
+    )
+
+
+def _warn(left: list[str]) -> None:
+    for text in left:
+        warnings.warn(f"unpatched, but {text}: what is left there is inert, and goes when that tool goes", stacklevel=3)

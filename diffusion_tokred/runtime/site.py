@@ -1,0 +1,287 @@
+"""The site protocol: what makes M methods and A architectures cost M + A files.
+
+A backbone turns a denoiser into *sites*: modules that take image tokens and return image tokens. A method, which knows
+no model, is handed a `Call` at a site and returns an `Out`. Between the two stand only these classes.
+
+They are plain classes on purpose: a compiled graph may build them, and may set and read their attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import StateError
+from .ledger import Wrapper
+from .work import Weights
+
+KINDS = ("attention", "cross_attention", "feed_forward", "parallel", "stack", "deep")
+OFFERS = {
+    "at": "run on tokens at chosen places, one index set a sample",
+    "kv": "attention with keys and values from any linear reduction of the tokens",
+    "kv_select": "attention with keys and values from chosen tokens",
+    "cache": "attention whose keys and values of other tokens are kept from earlier steps",
+    "watch": "see the queries, keys and values as the attention does",
+}
+
+
+class Plan:
+    """What a site does at this step. Written by the root, eagerly, before the denoiser runs; read by the leaves.
+
+    `mode` is "full" (dense), "reduce", "reuse", "forecast" or "skip". `text` is the ratio as a string: Dynamo makes
+    floats dynamic, which would turn every token count into a symbol, but specialises on strings.
+    """
+
+    def __init__(self) -> None:
+        self.mode = "full"
+        self.text = "0.0"
+        self.refresh = True
+
+    @property
+    def ratio(self) -> float:
+        """Share of tokens not computed."""
+        return float(self.text)
+
+    def set(self, mode: str, ratio: float, refresh: bool = True) -> None:
+        self.mode, self.text, self.refresh = mode, repr(float(ratio)), refresh
+
+
+class Level:
+    """What the sites of one resolution share: the token grid, a key for random draws, and a slot of memory.
+
+    Attributes:
+        index: 0 for the largest attention level.
+        grid: (h, w) tokens, known once the level has been reached.
+        halves: how many parts of the batch belong to the same images ([uncond; cond] = 2), 1 when unknown.
+        key: 0-d int64 tensor on the tokens' device, new at each step; see `tokens.draw`.
+        memory: this pass's `Memory`, kept over the steps of a run.
+        status: (B, N) uint8, what became of each token, when the run records it.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.grid: tuple[int, int] | None = None
+        self.halves = 1
+        self.key: Tensor | None = None
+        self.memory = Memory()
+        self.recording = False
+        self.status: Tensor | None = None
+
+
+class Memory:
+    """A slot that a method keeps something in, from step to step of one run and one pass. `index` and `text` say at
+    which step, and at which ratio, it was made."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+        self.index = 0
+        self.text = ""
+
+
+class Block:
+    """What the sites of one transformer block share during a call: its input, and a scratch slot."""
+
+    def __init__(self, index: int, name: str, module: nn.Module) -> None:
+        self.index, self.name, self.module = index, name, module
+        self.input: Tensor | None = None
+        self.scratch: Any = None
+
+
+class KV:
+    """Keys and values from `reduce(tokens)` instead of from all of them: (B, N, C) -> (B, M, C), linear over tokens.
+
+    `at` (M,) int64 says which tokens were chosen, where `reduce` chooses and does not average. A site that sees the
+    tokens before their projection reduces there; one that sees them after (joint attention) reduces there.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], at: Tensor | None = None) -> None:
+        self.reduce, self.at = reduce, at
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Projected keys or values of the image, (B, N, H * D) -> what the attention shall see."""
+        return self.reduce(rows)
+
+
+class Cache:
+    """Keys and values of all tokens, of which this call renews the rows `at` in place (CAT, RAS, packed stacks).
+
+    `at` is (M,) or (B, M) int64, or None when the call hands in all tokens.
+    """
+
+    def __init__(self, at: Tensor | None = None) -> None:
+        self.at = at
+        self.stored: list[Tensor] = []
+        self._next = 0
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Projected rows of `at`, (B, M, H * D) -> rows of all tokens, (B, N, H * D). Called for k, then for v."""
+        place, self._next = self._next, 1 - self._next
+        if len(self.stored) <= place:
+            self.stored.append(rows.clone())
+        elif self.at is None:
+            self.stored[place].copy_(rows)
+        elif self.at.ndim == 1:
+            self.stored[place].index_copy_(1, self.at, rows)
+        else:
+            self.stored[place].scatter_(1, self.at[:, :, None].expand_as(rows), rows)
+        return self.stored[place]
+
+
+class Out:
+    """What a module returned: image tokens `x` (B, N, C), and the rest as it was (the text stream, for one)."""
+
+    def __init__(self, x: Tensor, rest: tuple[Any, ...] = ()) -> None:
+        self.x, self.rest = x, rest
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Out:
+        """Change the image tokens, leave the rest."""
+        return Out(change(self.x), self.rest)
+
+
+class Site:
+    """One module where a method may act. Backbones subclass it; a method sees the attributes and `Call`.
+
+    Attributes:
+        name: the module's path in the denoiser.
+        kind: one of `KINDS`.
+        block: the `Block` it belongs to (the site's place in the order of execution is `block.index`).
+        level: the `Level` it belongs to.
+        offers: which of `OFFERS` it can do.
+        leader: True at the first of its level's sites that the method uses.
+    """
+
+    kind = "attention"
+    offers: frozenset[str] = frozenset()
+
+    def __init__(self, name: str, module: nn.Module, block: Block, level: Level) -> None:
+        self.name, self.module, self.block, self.level = name, module, block, level
+        self.plan = Plan()
+        self.leader = False
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The image tokens among a call's arguments."""
+        return args[0] if args else kwargs["hidden_states"]
+
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+        """Call the module itself on `x`."""
+        raise NotImplementedError
+
+    def write(self, out: Out) -> Any:
+        """What the module's caller expects."""
+        return out.x if not out.rest else (out.x, *out.rest)
+
+    def weights(self) -> Weights:
+        """The cost of a row, for `measure.flops`."""
+        raise NotImplementedError
+
+    def refusal(self, needs: frozenset[str]) -> str | None:
+        """Why a method that needs this (of `OFFERS`) cannot work with what is installed here now; None if it can."""
+        return None
+
+    def enter(self, needs: frozenset[str]) -> None:
+        """Eagerly, before each call of the denoiser."""
+
+    def leave(self) -> None:
+        """Eagerly, after each call of the denoiser, also after an exception."""
+
+
+class Call:
+    """One call of a site's module, as a method sees it.
+
+    Attributes:
+        x: (B, N, C) image tokens handed to the module (after the block's norm and modulation).
+        site, plan, level, block: see those classes; `block.input` is the block's input, before its first norm.
+    """
+
+    def __init__(self, site: Site, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.site, self.base, self.args, self.kwargs = site, base, args, kwargs
+        self.plan, self.level, self.block = site.plan, site.level, site.block
+        self.x = site.read(args, kwargs)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the image tokens.
+
+        Raises:
+            StateError: the module was handed another number of tokens than its level's grid has.
+        """
+        grid, n = self.level.grid, self.x.shape[1]
+        if grid is None or grid[0] * grid[1] != n:
+            found = "no grid" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
+            raise StateError(
+                f"{self.site.name} got {n} tokens where level {self.level.index} has {found}. "
+                "Chunked feed-forward, tiling or another tool that splits tokens cannot be combined with reduction here."
+            )
+        return grid
+
+    def compute(
+        self,
+        x: Tensor | None = None,
+        at: Tensor | None = None,
+        kv: KV | Cache | None = None,
+        watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    ) -> Out:
+        """Run the module.
+
+        Args:
+            x: (B, M, C) tokens to run it on; the call's own when None.
+            at: (M,) or (B, M) int64, where each row of `x` sits: rotary rows, per-token modulation and masks follow.
+            kv: where keys and values come from, when not from `x`.
+            watch: sees (q, k, v) as the attention does, and changes nothing.
+        """
+        return self.site.run(self, self.x if x is None else x, at, kv, watch)
+
+    def note(self, status: Callable[[], Tensor]) -> None:
+        """Say what became of each token, (B, N) uint8 of `TOKEN_STATES`; evaluated only when the run records it."""
+        if self.level.recording and self.site.leader:
+            self.level.status = status()
+
+
+class Leaf(Wrapper):
+    """The method at one site."""
+
+    def __init__(self, site: Site, apply: Callable[[Call], Out]) -> None:
+        super().__init__(site.module)
+        self.site, self.apply = site, apply
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.retire(args, kwargs)
+        if self.site.plan.mode == "full":
+            return self.base(*args, **kwargs)
+        return self.site.write(self.apply(Call(self.site, self.base, args, kwargs)))
+
+
+class BlockKeeper(Wrapper):
+    """Keeps a transformer block's input for the sites inside it, while the block runs."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block.module)
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.retire(args, kwargs)
+        self.block.input = args[0] if args else kwargs["hidden_states"]
+        try:
+            return self.base(*args, **kwargs)
+        finally:
+            self.block.input = None
+            self.block.scratch = None
+
+
+class GridKeeper(Wrapper):
+    """On a module that turns an image (B, C, h, w) into tokens: it knows the grid, whatever the size."""
+
+    def __init__(self, module: nn.Module, level: Level) -> None:
+        super().__init__(module)
+        self.level = level
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.retire(args, kwargs)
+        image = args[0] if args else kwargs["hidden_states"]
+        self.level.grid = (image.shape[-2], image.shape[-1])
+        return self.base(*args, **kwargs)

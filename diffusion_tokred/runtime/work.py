@@ -1,0 +1,44 @@
+"""How much a site computes: rows, and the multiply-adds that a row costs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Work:
+    """Image rows a site computes of one sample: `queries` rows attend to (or, in a feed-forward, are) `keys` rows."""
+
+    def __init__(self, queries: int, keys: int | None = None) -> None:
+        self.queries, self.keys = queries, queries if keys is None else keys
+
+
+class Weights:
+    """Multiply-adds of a site: for an image row as query, as key, for a text row, and (`core`) for a query-key pair.
+
+    `text_is`: "absent" | "joined" (text rows are queries and keys beside the image) | "keys" (the only keys).
+    """
+
+    def __init__(self, query: int, key: int = 0, text: int = 0, core: int = 0, text_is: str = "absent") -> None:
+        self.query, self.key, self.text, self.core, self.text_is = query, key, text, core, text_is
+
+    def flops(self, work: Work, batch: int, text: int) -> int:
+        """FLOPs (2 a multiply-add) of `batch` samples with `text` text tokens. Norms and softmax are not counted."""
+        if self.text_is == "joined":
+            pairs = (work.queries + text) * (work.keys + text)
+        else:
+            pairs = work.queries * (text if self.text_is == "keys" else work.keys)
+        rows = work.queries * self.query + work.keys * self.key + text * self.text
+        return 2 * batch * (rows + pairs * self.core)
+
+
+def macs(*modules: nn.Module | None) -> int:
+    """Multiply-adds of one row (linear layers) or one output pixel (convolutions), over all layers inside `modules`."""
+    total = 0
+    for module in modules:
+        for layer in module.modules() if module is not None else ():
+            if isinstance(layer, nn.Linear):
+                total += layer.in_features * layer.out_features
+            elif isinstance(layer, nn.Conv2d):
+                kernel = layer.kernel_size[0] * layer.kernel_size[1]
+                total += layer.in_channels // layer.groups * layer.out_channels * kernel
+    return total
