@@ -12,6 +12,15 @@ from .matching import match
 from .merge import Merge
 
 __all__ = [
-    "MODES", "Merge", "compact", "destinations", "downsample", "draw", "match", "mix", "pooled_grid", "positions",
+    "MODES",
+    "Merge",
+    "compact",
+    "destinations",
+    "downsample",
+    "draw",
+    "match",
+    "mix",
+    "pooled_grid",
+    "positions",
     "split",
 ]

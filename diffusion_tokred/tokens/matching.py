@@ -68,7 +68,7 @@ def _best(x: Tensor, targets: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = max(1, _SCORES_PER_CHUNK // (x.shape[0] * targets.shape[1]))
     with torch.autocast(x.device.type, enabled=False):
-        found = [(x.index_select(1, part) @ targets.mT).max(-1) for part in src.split(rows)]
+        found = [(x.index_select(1, part) @ targets.mT).max(-1) for part in torch.split(src, rows)]
     if len(found) == 1:
         return found[0].values, found[0].indices
     return torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
