@@ -1,11 +1,20 @@
-"""diffusion_tokred: token reduction for Hugging Face diffusers. Import it as `import diffusion_tokred as tokred`."""
+"""diffusion_tokred: token reduction for Hugging Face diffusers. Import it as `import diffusion_tokred as tokred`.
 
-from .backbones import register_backbone
-from .errors import ConfigError, StateError, UnsupportedError
-from .methods import MethodConfig, ToDoConfig, ToMeConfig, register_method
-from .patching import methods, patch, patched, report, unpatch
-from .runtime.stats import Report, StepRecord
-from .schedule.policy import Policy
+Nothing heavy is imported until a name is used, so that `tokred --help` does not wait for torch.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backbones import register_backbone
+    from .errors import ConfigError, StateError, UnsupportedError
+    from .methods import MethodConfig, ToDoConfig, ToMeConfig, register_method
+    from .patching import methods, patch, patched, report, unpatch
+    from .runtime.stats import Report, StepRecord
+    from .schedule.policy import Policy
 
 __version__ = "0.1.0"
 
@@ -13,3 +22,36 @@ __all__ = [
     "ConfigError", "MethodConfig", "Policy", "Report", "StateError", "StepRecord", "ToDoConfig", "ToMeConfig",
     "UnsupportedError", "methods", "patch", "patched", "register_backbone", "register_method", "report", "unpatch",
 ]
+
+# Where each public name is: the imports above, for the interpreter.
+_HOMES = {
+    "backbones": ("register_backbone",),
+    "errors": ("ConfigError", "StateError", "UnsupportedError"),
+    "methods": ("MethodConfig", "ToDoConfig", "ToMeConfig", "register_method"),
+    "patching": ("methods", "patch", "patched", "report", "unpatch"),
+    "runtime.stats": ("Report", "StepRecord"),
+    "schedule.policy": ("Policy",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+class _Package(ModuleType):
+    """The package itself (PEP 562 as a class): public names come when asked for, and stay."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `methods` is a function here and a folder: importing the folder must not put it in the function's place.
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
