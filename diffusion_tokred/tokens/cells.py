@@ -63,8 +63,6 @@ def compact(mask: Tensor, count: int) -> Tensor:
     Returns:
         (..., count) int64.
     """
-    n = mask.shape[-1]
-    # Each true entry goes to its place in line; the false ones all go to one place too many, which is cut off.
-    place = torch.where(mask, mask.cumsum(-1) - 1, count)
-    line = torch.empty(*mask.shape[:-1], count + 1, dtype=torch.int64, device=mask.device)
-    return line.scatter_(-1, place, torch.arange(n, device=mask.device).expand(mask.shape))[..., :count]
+    # The k-th true entry is where the running count reaches k.
+    wanted = torch.arange(1, count + 1, device=mask.device).expand(*mask.shape[:-1], count)
+    return torch.searchsorted(mask.cumsum(-1), wanted.contiguous())

@@ -31,7 +31,7 @@ def draw(key: Tensor, n: int, high: int) -> Tensor:
 
     Args:
         key: 0-d int64 tensor, from `mix` (any bits will do); the draws are made on its device.
-        n: number of draws, >= 0.
+        n: number of draws, in [0, 2**31).
         high: exclusive upper end, in [1, 2**32). The bias of the modulo is below high / 2**32.
 
     Returns:
@@ -42,12 +42,13 @@ def draw(key: Tensor, n: int, high: int) -> Tensor:
     """
     if key.ndim != 0 or key.dtype != torch.int64:
         raise ValueError(f"key must be a 0-d int64 tensor, got shape {tuple(key.shape)} of {key.dtype}")
-    if n < 0 or not 1 <= high < 1 << 32:
-        raise ValueError(f"need n >= 0 and 1 <= high < 2**32, got n={n} and high={high}")
+    if not 0 <= n < 1 << 31 or not 1 <= high < 1 << 32:
+        raise ValueError(f"need 0 <= n < 2**31 and 1 <= high < 2**32, got n={n} and high={high}")
     position = torch.arange(n, device=key.device)
-    # The halves of the key enter on both sides of a round: close keys give unrelated draws, not shuffled ones.
-    x = _finalise(position ^ ((key >> 32) & _MASK32))
-    return _finalise(x ^ (key & _MASK32)) % high
+    # Multiplied by the golden ratio, positions are far apart: close keys give unrelated draws, not shuffled ones. (For
+    # n < 2**31 the product does not wrap. Few operations on purpose: on a GPU each is a launch.)
+    x = (position * 0x9E3779B9 ^ key ^ (key >> 32)) & _MASK32
+    return _finalise(x) % high
 
 
 def mix(*values: int) -> int:

@@ -51,14 +51,14 @@ def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge
         score, best = _best(x, x.index_select(1, dst), src)
     top = score.topk(r, dim=-1, sorted=False).indices
     representative = torch.arange(n, device=x.device).repeat(b // halves, 1)
-    representative = representative.scatter(1, src[top], dst[best.gather(1, top)])
-    return Merge(representative.repeat(halves, 1), n - r)
+    representative.scatter_(1, src[top], dst[best.gather(1, top)])
+    return Merge(representative if halves == 1 else representative.repeat(halves, 1), n - r)
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    """1 / norm of each token, (B, N, 1), and 0 for a token of no length."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.where(norm >= torch.finfo(x.dtype).tiny, norm.reciprocal(), 0.0)
+    """1 / norm of each token, (B, N, 1); finite for a token of no length, which stays zero when scaled."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.clamp_min(torch.finfo(x.dtype).tiny).reciprocal()
 
 
 def _best(x: Tensor, targets: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:

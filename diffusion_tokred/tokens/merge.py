@@ -34,7 +34,7 @@ class Merge:
         self.at = torch.empty(b, m, dtype=torch.int64, device=device).scatter_(1, self.slot, representative)
         # Row of each token's slot in the flattened (B * M, C); and the same as lists: the tokens (rows of the flattened
         # (B * N, C)) ordered by slot, and where the list of each slot starts.
-        self._row = (self.slot + torch.arange(b, device=device)[:, None] * m).flatten()
+        self._row = (self.slot + torch.arange(0, b * m, m, device=device)[:, None]).flatten()
         ordered, self._token = self._row.sort(stable=True)
         self._start = torch.searchsorted(ordered, torch.arange(b * m + 1, device=device))
 

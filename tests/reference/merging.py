@@ -23,7 +23,7 @@ def cosine(a, b):
     na, nb = math.sqrt(sum(v * v for v in a)), math.sqrt(sum(v * v for v in b))
     if na == 0 or nb == 0:
         return 0.0
-    return sum(u * v for u, v in zip(a, b)) / (na * nb)
+    return sum(u * v for u, v in zip(a, b, strict=True)) / (na * nb)
 
 
 def match(parts, dst, src, r):
@@ -47,7 +47,7 @@ def merge(y, merged):
     out = []
     for i in kept(len(y), merged):
         group = [y[i]] + [y[s] for s, d in merged.items() if d == i]
-        out.append([math.fsum(values) / len(group) for values in zip(*group)])
+        out.append([math.fsum(values) / len(group) for values in zip(*group, strict=True)])
     return out
 
 

@@ -35,7 +35,7 @@ def area(x, h, w, factor):
             ys = range(floor(Fraction(i * h, rows)), ceil(Fraction((i + 1) * h, rows)))
             xs = range(floor(Fraction(j * w, cols)), ceil(Fraction((j + 1) * w, cols)))
             window = [x[y * w + k] for y in ys for k in xs]
-            out.append([sum(values) / len(window) for values in zip(*window)])
+            out.append([sum(values) / len(window) for values in zip(*window, strict=True)])
     return out
 
 
@@ -53,6 +53,7 @@ def bilinear(x, h, w, factor):
         y0, y1, ty = _between(i, h, rows)
         for j in range(cols):
             x0, x1, tx = _between(j, w, cols)
-            corners = zip(x[y0 * w + x0], x[y0 * w + x1], x[y1 * w + x0], x[y1 * w + x1])
+            places = (y0 * w + x0, y0 * w + x1, y1 * w + x0, y1 * w + x1)
+            corners = zip(*(x[p] for p in places), strict=True)
             out.append([(1 - ty) * ((1 - tx) * a + tx * b) + ty * ((1 - tx) * c + tx * d) for a, b, c, d in corners])
     return out

@@ -42,7 +42,7 @@ def test_one_graph_for_all_keys(h, w, r, halves):
         merged, full, status = compiled(x, key)
         at = site.plan.at
         seen.add(tuple(at.flatten().tolist()))
-        for got, expected in zip((merged, full, status), Site(h, w, r, halves)(x, key)):
+        for got, expected in zip((merged, full, status), Site(h, w, r, halves)(x, key), strict=True):
             assert torch.equal(got, expected)
         if halves == 1:
             dst = merging.destinations(h, w, 2, 2, draw(key, (h // 2) * (w // 2), 4).tolist())

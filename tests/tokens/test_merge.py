@@ -20,7 +20,7 @@ def random_plan(b, n, m, seed=0):
 def loop_merge(y, representative):
     """Means in float64 of the tokens of each representative, ascending."""
     rows = []
-    for row, speaker in zip(y.double(), representative.tolist()):
+    for row, speaker in zip(y.double(), representative.tolist(), strict=True):
         rows.append([row[[i for i, s in enumerate(speaker) if s == k]].mean(0) for k in sorted(set(speaker))])
     return torch.stack([torch.stack(row) for row in rows])
 

@@ -20,7 +20,7 @@ def test_same_merge(h, w, sy, sx, ratio):
     merge, unmerge = tomesd_merge.bipartite_soft_matching_random2d(x, w, h, sx, sy, r, no_rand=True)
     ours, theirs = m.merge(y), merge(y)
     assert ours.shape == theirs.shape
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         a, b = (t[t[:, 0].argsort()] for t in (a, b))  # as sets: all values are distinct
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     torch.testing.assert_close(m.unmerge(ours), unmerge(theirs), rtol=0, atol=1e-12)
