@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from ..errors import ConfigError, UnsupportedError
 
@@ -157,6 +157,10 @@ class Policy:
             raise ConfigError(f"{os.fspath(path)}: {error}") from error
 
 
+@overload
+def as_policy(value: None) -> None: ...
+@overload
+def as_policy(value: Policy | float | Sequence[Sequence[Any]] | Callable[[float], Any]) -> Policy: ...
 def as_policy(value: Any) -> Policy | None:
     """What users hand in as `policy=`: None (stays None: the method's own ratio), a ratio, a Policy, a list of `(u,
     ratio[, mode])` points, or a function `u -> ratio` or `u -> (ratio, mode)`. Raises ConfigError for anything else.

@@ -127,15 +127,6 @@ def in_thread(function):
     return raised[0] if raised else None
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are faster so, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def sd():
     pipe = tiny.sd()
