@@ -683,6 +683,43 @@ def test_noise_that_cannot_be_read_does_not_hide_the_steps(sd):
     assert [(i.index, i.total) for i in infos] == [(k, 4) for k in range(4)] and all(math.isnan(i.u) for i in infos)
 
 
+@pytest.mark.parametrize("method", ["compile", "torch.compile"])
+@pytest.mark.parametrize("hook_first", [True, False])
+def test_under_compile(method, hook_first, dynamo):
+    """The hook runs outside of the graph: one graph, no break, in either order."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, sample, timestep, encoder_hidden_states=None):
+            if torch.compiler.is_compiling():
+                sample = sample * 0
+            return self.linear(sample)
+
+    model, infos = Model(), []
+    tracker = Tracker(model)
+    hook = torch.compiler.disable(lambda _, args, kwargs: infos.append(tracker.step(args, kwargs)))
+    if hook_first:
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+    call = model if method == "compile" else torch.compile(model, backend="eager", fullgraph=True)
+    if method == "compile":
+        model.compile(backend="eager", fullgraph=True)
+    if not hook_first:
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+    scheduler = diffusers.DDIMScheduler()
+    with torch.no_grad():
+        for _ in range(2):
+            scheduler.set_timesteps(3)
+            latents = torch.randn(2, 4, 8, 8)
+            for t in scheduler.timesteps:
+                assert torch.equal(call(latents, t)[0, 0, 0], model.linear.bias), "it is compiled"
+    assert [(i.run, i.index, i.total, i.halves) for i in infos] == [(run, k, 3, 1) for run in (0, 1) for k in range(3)]
+    assert dynamo["stats"]["unique_graphs"] == 1 and not dynamo["graph_break"]
+    assert Tracker(call)._time == "timestep", "the compiled wrapper is looked through"
+
+
 def test_find_caller_outside_of_everything():
     assert find_caller(None).scheduler is None
 
