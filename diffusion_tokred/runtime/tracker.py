@@ -112,8 +112,8 @@ class Tracker:
         """Account for one denoiser call, given the arguments of its `forward`. `context` names the pass: default
         `self.context`.
 
-        Call it from a hook wrapped in `torch.compiler.disable`. Dynamo leaves hooks out of the model's graph, but compiles a
-        plain one as a frame of its own, which this cannot be. The wrapper costs no graph break.
+        Call it from a hook wrapped in `torch.compiler.disable`. Dynamo leaves hooks out of the model's graph, but
+        compiles a plain one as a frame of its own, which this cannot be. The wrapper costs no graph break.
 
         Raises:
             StateError: another thread is in a run of this denoiser. That run goes on unharmed.
