@@ -25,7 +25,6 @@ from .runtime.ledger import Ledger
 from .runtime.site import BlockKeeper, GridKeeper, Leaf, Memory, Site
 from .runtime.stats import Report, StepRecord
 from .runtime.tracker import StepInfo, Tracker
-from .runtime.work import Work
 from .schedule.policy import Policy
 from .tokens import mix
 
@@ -185,7 +184,7 @@ class Driver:
         return next(level.grid for level in self.levels if level.index == index and level.grid is not None)
 
     def _record(self, info: StepInfo, sample: Tensor, text: int, seconds: float | None) -> StepRecord:
-        plans = tuple(site.plan.text if site.plan.mode != "full" else "" for site in self.sites)
+        plans = tuple((s.plan.mode, s.plan.text, s.leader and s.plan.refresh) for s in self.sites)
         key = (tuple(sample.shape), text, plans)
         if key not in self._counts:
             self._counts[key] = self._count(sample, text)
@@ -202,11 +201,7 @@ class Driver:
         levels = self.layout.levels
         grids = {v.index: g for v, g in zip(levels, self.backbone.grids(self.denoiser, height, width), strict=True)}
         grids |= {level.index: level.grid for level in self.levels if level.grid is not None}
-        work = {
-            site.name: self.method.work(site, grids[site.level.index], site.plan.ratio)
-            for site in self.sites
-            if site.plan.mode != "full"
-        }
+        work = self.method.works(self.sites, grids)
         total = sum(grids[site.level.index][0] * grids[site.level.index][1] for site in self.sites)
         computed = total
         for site in self.sites:
@@ -214,9 +209,7 @@ class Driver:
                 n = grids[site.level.index][0] * grids[site.level.index][1]
                 computed -= n - min(work[site.name].queries, work[site.name].keys)
         dense = self.flops.call(height, width, sample.shape[0], text, grids)
-        reduced = self.flops.call(
-            height, width, sample.shape[0], text, grids, lambda site, grid: _get(work, site.name)
-        )
+        reduced = self.flops.call(height, width, sample.shape[0], text, grids, work)
         return total, computed, reduced, dense
 
     def _token_map(self) -> np.ndarray | None:
@@ -232,10 +225,6 @@ class Driver:
                     full = F.interpolate(maps[level.index][None, None].float(), size=(h, w), mode="nearest")
                     result[step, passes.index(name), place] = full[0, 0].to(torch.uint8).numpy()
         return result
-
-
-def _get(work: dict[str, Work], name: str) -> Work | None:
-    return work.get(name)
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: int) -> Any:

@@ -29,9 +29,9 @@ class JointAttention(TappedSite):
     def weights(self) -> Weights:
         a = self.module
         text = macs(*(getattr(a, name, None) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")))
+        # All rows handed in are projected, whatever is attended to: keys and values are reduced after it.
         return Weights(
-            query=macs(a.to_q, a.to_out),
-            key=macs(a.to_k, a.to_v),
+            query=macs(a.to_q, a.to_k, a.to_v, a.to_out),
             text=text,
             core=2 * a.inner_dim,
             text_is="joined" if text else "absent",
@@ -48,7 +48,7 @@ class SD3(Backbone):
         level = Level(0)
         sites: list[Site] = []
         for index, module in enumerate(denoiser.transformer_blocks):
-            block = Block(index, f"transformer_blocks.{index}", module)
+            block = Block(index, f"transformer_blocks.{index}", module, denoiser.inner_dim)
             sites.append(JointAttention(f"{block.name}.attn", module.attn, block, level))
             if module.attn2 is not None:
                 sites.append(JointAttention(f"{block.name}.attn2", module.attn2, block, level))

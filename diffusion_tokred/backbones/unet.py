@@ -37,6 +37,8 @@ class SelfAttention(TappedSite):
 
     def weights(self) -> Weights:
         a = self.module
+        if _fused(a):  # all rows handed in are projected, whatever is attended to
+            return Weights(query=macs(a.to_q, a.to_k, a.to_v, a.to_out), core=2 * a.inner_dim)
         return Weights(query=macs(a.to_q, a.to_out), key=macs(a.to_k, a.to_v), core=2 * a.inner_dim)
 
 
@@ -78,7 +80,7 @@ class UNet(Backbone):
                 level = levels[depth - top]
                 images.append((transformer, level))
                 for module in transformer.transformer_blocks:
-                    block = Block(index, names[module], module)
+                    block = Block(index, names[module], module, module.dim)
                     index += 1
                     sites += [
                         kind(f"{block.name}.{attribute}", getattr(module, attribute), block, level)
@@ -100,7 +102,7 @@ class UNet(Backbone):
             if isinstance(embedding := getattr(denoiser, name, None), nn.Module):
                 yield embedding, 1
         last = len(sizes) - 1
-        for number, (depth, stage) in enumerate(_stages(denoiser)):
+        for depth, stage in _stages(denoiser):
             pixels = sizes[depth]
             for resnet in stage.resnets:
                 for layer in resnet.children():

@@ -6,7 +6,8 @@ attention at all). A FLOP ratio is not a speed-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import nn
 
@@ -43,26 +44,40 @@ class Flops:
             self._rest[key] = 2 * sum(macs(module) * rows for module, rows in parts)
         return batch * self._rest[key]
 
-    def call(
+    def parts(
         self,
         height: int,
         width: int,
         batch: int,
         text: int,
-        grids: dict[int, tuple[int, int]],
-        work: Callable[[Site, tuple[int, int]], Work | None] = lambda site, grid: None,
-    ) -> int:
-        """FLOPs of one denoiser call.
+        grids: Mapping[int, tuple[int, int]],
+        works: Mapping[str, Work] = MappingProxyType({}),
+    ) -> dict[str, int]:
+        """FLOPs of one denoiser call by kind of site, with "method" (what the method itself spends) and "rest".
 
         Args:
             height, width: latent size.
             batch: samples, both halves of a CFG pair counted.
             text: text tokens.
             grids: token grid of each level, by index.
-            work: rows computed at a site; None for a dense site.
+            works: what sites compute, by name; the others are dense.
         """
-        total = self.rest(height, width, batch, text)
+        result = {site.kind: 0 for site in self.sites} | {"method": 0}
         for site in self.sites:
             grid = grids[site.level.index]
-            total += self.site(site, work(site, grid) or Work(grid[0] * grid[1]), batch, text)
-        return total
+            work = works.get(site.name) or Work(grid[0] * grid[1])
+            result[site.kind] += self.site(site, work, batch, text)
+            result["method"] += 2 * batch * work.extra
+        return result | {"rest": self.rest(height, width, batch, text)}
+
+    def call(
+        self,
+        height: int,
+        width: int,
+        batch: int,
+        text: int,
+        grids: Mapping[int, tuple[int, int]],
+        works: Mapping[str, Work] = MappingProxyType({}),
+    ) -> int:
+        """FLOPs of one denoiser call; arguments as in `parts`."""
+        return sum(self.parts(height, width, batch, text, grids, works).values())

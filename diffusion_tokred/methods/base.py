@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
+import torch
+
 from ..errors import ConfigError
-from ..runtime.site import Call, Out, Site
+from ..runtime.site import OFFERS, Call, Out, Site
 from ..runtime.work import Work
 
 _VERSION = 1
@@ -118,6 +120,17 @@ class Method:
         """Whether it would act at this site with these options."""
         raise NotImplementedError
 
+    def leaves(self, site: Site) -> str:
+        """Why it leaves alone a site that it does not want, in a few words."""
+        if site.kind not in self.kinds:
+            return f"{self.name} does not act on {site.kind}"
+        if missing := self.needs(site.kind) - site.offers:
+            return "not offered: " + "; ".join(OFFERS[need] for need in sorted(missing))
+        levels = getattr(self.config, "levels", None)
+        if levels is not None and site.level.index not in levels:
+            return f"level {site.level.index} not in levels={levels}"
+        return "its options leave it out"
+
     def needs(self, kind: str) -> frozenset[str]:
         """Which of `runtime.site.OFFERS` a site of this kind must have."""
         raise NotImplementedError
@@ -133,6 +146,33 @@ class Method:
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         """How many rows the site computes of one sample."""
         raise NotImplementedError
+
+    def overhead(self, site: Site, grid: tuple[int, int], ratio: float) -> int:
+        """Multiply-adds of one sample that it spends itself when it decides, such as on matching."""
+        return 0
+
+    def stored(self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype) -> int:
+        """Bytes that it keeps from step to step at a site, for `batch` samples; what a level shares, at its leader."""
+        return 0
+
+    def works(self, sites: Iterable[Site], grids: Mapping[int, tuple[int, int]]) -> dict[str, Work]:
+        """What the sites compute, by name, as their plans say; without those that are dense.
+
+        The overhead comes with the site that decides: the first of its block, or, where decisions are kept in a level's
+        memory (`every`), the level's leader at the steps that renew them.
+        """
+        result: dict[str, Work] = {}
+        blocks: set[int] = set()
+        for site in sites:
+            if site.plan.mode == "full":
+                continue
+            grid, ratio = grids[site.level.index], site.plan.ratio
+            result[site.name] = work = self.work(site, grid, ratio)
+            decides = site.leader and site.plan.refresh if self.every else site.block.index not in blocks
+            if decides:
+                work.extra += self.overhead(site, grid, ratio)
+            blocks.add(site.block.index)
+        return result
 
     def apply(self, call: Call) -> Out:
         """Act at a site. Called inside the model, maybe under `torch.compile`: static shapes, no generator, no branch

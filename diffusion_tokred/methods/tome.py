@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import ConfigError
 from ..runtime.site import Call, Out, Site
 from ..runtime.work import Work
 from ..tokens import Merge, destinations, draw, match, split
 from .base import Method, MethodConfig, option, register_method
+
+_OPTIONS = {"attention": "merge_attn", "cross_attention": "merge_cross_attn", "feed_forward": "merge_ff"}
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,12 @@ class ToMe(Method):
     config: ToMeConfig
 
     def wants(self, site: Site) -> bool:
-        c = self.config
-        sites = {"attention": c.merge_attn, "cross_attention": c.merge_cross_attn, "feed_forward": c.merge_ff}
-        return sites.get(site.kind, False) and site.level.index in c.levels
+        option = _OPTIONS.get(site.kind)
+        return option is not None and getattr(self.config, option) and site.level.index in self.config.levels
+
+    def leaves(self, site: Site) -> str:
+        option = _OPTIONS.get(site.kind)
+        return f"{option} is off" if option and not getattr(self.config, option) else super().leaves(site)
 
     def needs(self, kind: str) -> frozenset[str]:
         return frozenset({"at"})
@@ -77,6 +84,17 @@ class ToMe(Method):
         n = grid[0] * grid[1]
         return Work(n - int(n * ratio))
 
+    def overhead(self, site: Site, grid: tuple[int, int], ratio: float) -> int:
+        dst = len(destinations(*grid, self.config.sy, self.config.sx))
+        return (grid[0] * grid[1] - dst) * dst * site.block.width
+
+    def stored(self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype) -> int:
+        if not (self.config.reuse_every and site.leader):
+            return 0
+        n = grid[0] * grid[1]
+        m = Merge(torch.zeros(batch, n, dtype=torch.int64, device="meta"), n - int(n * ratio))
+        return sum(t.nbytes for t in vars(m).values() if isinstance(t, torch.Tensor))
+
     def apply(self, call: Call) -> Out:
         m = self._plan(call)
         call.note(m.status)
@@ -88,7 +106,8 @@ class ToMe(Method):
             if call.block.scratch is None:
                 call.block.scratch = self._match(call)
             return call.block.scratch
-        if call.plan.refresh and call.site.leader:
+        # Some calls leave out blocks (SD3's skip-layer guidance), the leader perhaps: then the first that is there.
+        if call.plan.refresh and (call.site.leader or call.level.memory.value is None):
             call.level.memory.value = self._match(call)
         return call.level.memory.value
 

@@ -81,10 +81,10 @@ class Memory:
 
 
 class Block:
-    """What the sites of one transformer block share during a call: its input, and a scratch slot."""
+    """What the sites of one transformer block share during a call: its input (`width` channels), and a scratch slot."""
 
-    def __init__(self, index: int, name: str, module: nn.Module) -> None:
-        self.index, self.name, self.module = index, name, module
+    def __init__(self, index: int, name: str, module: nn.Module, width: int = 0) -> None:
+        self.index, self.name, self.module, self.width = index, name, module, width
         self.input: Tensor | None = None
         self.scratch: Any = None
 

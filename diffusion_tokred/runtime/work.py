@@ -6,10 +6,13 @@ from torch import nn
 
 
 class Work:
-    """Image rows a site computes of one sample: `queries` rows attend to (or, in a feed-forward, are) `keys` rows."""
+    """Image rows a site computes of one sample: `queries` rows attend to (or, in a feed-forward, are) `keys` rows.
 
-    def __init__(self, queries: int, keys: int | None = None) -> None:
-        self.queries, self.keys = queries, queries if keys is None else keys
+    `extra`: multiply-adds a sample that the method itself spends at the site, such as on matching.
+    """
+
+    def __init__(self, queries: int, keys: int | None = None, extra: int = 0) -> None:
+        self.queries, self.keys, self.extra = queries, queries if keys is None else keys, extra
 
 
 class Weights:
