@@ -8,6 +8,7 @@ names the passes of a step.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ class Driver:
         self._maps: list[tuple[int, str, dict[int, Tensor]]] = []
         self._counts: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
         self._started = 0.0
+        self._thread: int | None = None  # the one whose step is on
 
     # --- installing and removing ---------------------------------------------------------------------------------
 
@@ -85,14 +87,18 @@ class Driver:
 
     def remove(self) -> list[str]:
         """Undo it. Returns what had to stay, inert, because another tool lies over it."""
+        self._leave()
         self._close()
         return self.ledger.revert()
 
     # --- a step --------------------------------------------------------------------------------------------------
 
+    # Dynamo leaves root hooks out of the model's graph, but would compile them as frames of their own.
+    @torch.compiler.disable
     def before(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the denoiser: where are we, and what shall each site do."""
         info = self.tracker.step(args, kwargs)
+        self._thread = threading.get_ident()
         if info.new_run:
             self._close()
             self.report = Report(
@@ -124,16 +130,18 @@ class Driver:
             site.enter(self.needs[site.kind])
         for site in self.sites:
             if site.leader and site.plan.refresh:
-                site.level.memory.index, site.level.memory.text = info.index, site.plan.text
+                memory = site.level.memory
+                memory.value, memory.index, memory.text = None, info.index, site.plan.text
         if self.record == "time":
             _synchronize(sample)
             self._started = time.perf_counter()
 
+    @torch.compiler.disable
     def after(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the denoiser, also after an exception: close the step."""
-        for site in self.sites:
-            site.leave()
-            site.block.input = site.block.scratch = None
+        if self._thread != threading.get_ident():
+            return  # refused in `before`: another thread's step is on, and not to be touched
+        self._leave()
         if output is None or self.report is None or self.info is None:
             return
         sample = _argument(args, kwargs, "sample" if "sample" in kwargs else "hidden_states", 0)
@@ -166,6 +174,13 @@ class Driver:
                 yield value
         finally:
             self.tracker.context = before
+
+    def _leave(self) -> None:
+        """Out of the denoiser's call. (A KeyboardInterrupt does not pass `after`, so `remove` comes here too.)"""
+        self._thread = None
+        for site in self.sites:
+            site.leave()
+            site.block.input = site.block.scratch = None
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------
 
