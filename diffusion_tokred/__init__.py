@@ -11,22 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .backbones import register_backbone
     from .errors import ConfigError, StateError, UnsupportedError
+    from .explaining import Explanation, explain
     from .methods import MethodConfig, ToDoConfig, ToMeConfig, register_method
     from .patching import methods, patch, patched, report, unpatch
     from .runtime.stats import Report, StepRecord
     from .schedule.policy import Policy
 
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
-    "ConfigError", "MethodConfig", "Policy", "Report", "StateError", "StepRecord", "ToDoConfig", "ToMeConfig",
-    "UnsupportedError", "methods", "patch", "patched", "register_backbone", "register_method", "report", "unpatch",
+    "ConfigError", "Explanation", "MethodConfig", "Policy", "Report", "StateError", "StepRecord", "ToDoConfig",
+    "ToMeConfig", "UnsupportedError", "explain", "methods", "patch", "patched", "register_backbone",
+    "register_method", "report", "unpatch",
 ]
 
 # Where each public name is: the imports above, for the interpreter.
 _HOMES = {
     "backbones": ("register_backbone",),
     "errors": ("ConfigError", "StateError", "UnsupportedError"),
+    "explaining": ("Explanation", "explain"),
     "methods": ("MethodConfig", "ToDoConfig", "ToMeConfig", "register_method"),
     "patching": ("methods", "patch", "patched", "report", "unpatch"),
     "runtime.stats": ("Report", "StepRecord"),

@@ -49,18 +49,18 @@ def patch(
         UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site. Nothing
             has been changed then.
     """
-    config = _resolve(config, method, options)
-    rule = _policy(config, policy)
+    config = resolve(config, method, options)
+    rule = rule_of(config, policy)
     if record not in RECORDS:
         raise ConfigError(f"record must be one of {', '.join(map(repr, RECORDS))}, got {record!r}")
     if not isinstance(seed, int):
         raise ConfigError(f"seed must be an integer, got {seed!r}")
-    drivers = [_plan(denoiser, make_method(config), rule, seed, record) for denoiser in denoisers(target)]
+    drivers = [plan(denoiser, make_method(config), rule, seed, record) for denoiser in denoisers(target)]
     for driver in drivers:
         if isinstance(before := driver.denoiser.__dict__.get("_tokred"), Driver):
             _warn(before.remove())
             # Planned over the old patch: plan again on what is there now.
-            driver = _plan(driver.denoiser, driver.method, rule, seed, record)
+            driver = plan(driver.denoiser, driver.method, rule, seed, record)
         if target is not driver.denoiser:
             driver.tracker.watch(target)
         driver.install()
@@ -139,7 +139,7 @@ def denoisers(target: Any) -> list[nn.Module]:
     return [getattr(module, "_orig_mod", module) for module in found]
 
 
-def _resolve(config: MethodConfig | None, method: str | None, options: dict[str, Any]) -> MethodConfig:
+def resolve(config: MethodConfig | None, method: str | None, options: dict[str, Any]) -> MethodConfig:
     if config is None:
         if method is None:
             raise ConfigError(f"which method? pass method= one of: {', '.join(METHODS)}, or a config")
@@ -153,7 +153,7 @@ def _resolve(config: MethodConfig | None, method: str | None, options: dict[str,
     return config
 
 
-def _policy(config: MethodConfig, policy: Any) -> Policy:
+def rule_of(config: MethodConfig, policy: Any) -> Policy:
     """The policy to run by, its points checked against what the method can do."""
     method = make_method(config)
     rule = Policy.constant(config.share) if policy is None else as_policy(policy)
@@ -164,7 +164,7 @@ def _policy(config: MethodConfig, policy: Any) -> Policy:
     return rule
 
 
-def _plan(denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None) -> Driver:
+def plan(denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None) -> Driver:
     """Everything checked, nothing changed."""
     backbone = backbone_of(denoiser)
     layout = backbone.layout(denoiser)
