@@ -102,7 +102,6 @@ class TappedSite(Site):
         return why_not(self.module.processor) if self.needs_tap(needs) else None
 
     def enter(self, needs: frozenset[str]) -> None:
-        self.leave()  # a KeyboardInterrupt may have broken off the last call
         self.leave()  # after a KeyboardInterrupt, which passes no hook, it is still in place
         if not self.needs_tap(needs):
             return

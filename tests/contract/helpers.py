@@ -1,0 +1,153 @@
+"""The contract's matrix, methods x backbones, and what its tests share."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import diffusion_tokred as tokred
+from tests import tiny
+
+PIPES = {
+    "sd": tiny.sd,
+    "sdxl": tiny.sdxl,
+    "sd3": tiny.sd3,
+    "sd3-dual": functools.partial(tiny.sd3, dual=(0, 1), qk_norm="rms_norm"),
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tome": dict(method="tome"),
+    "tome-all": dict(method="tome", levels=(0, 1), merge_cross_attn=True, merge_ff=True),
+    # At level 0 the level's first block comes before any cross-attention: what it sees, both passes have in common.
+    "tome-reuse": dict(method="tome", levels=(0, 1), reuse_every=2),
+    "tome-share": dict(method="tome", levels=(0, 1), reuse_every=1, share_cfg=True, ratio=0.6),
+    "todo": dict(method="todo"),
+    "todo-area": dict(method="todo", mode="area"),
+}
+# SD3 has one level and no cross-attention.
+_ON_SD3 = {
+    "tome-all": dict(method="tome", merge_ff=True),
+    "tome-reuse": dict(method="tome", reuse_every=2),
+    "tome-share": dict(method="tome", reuse_every=1, share_cfg=True, ratio=0.6),
+}
+MATRIX = [(pipe, config) for pipe in PIPES for config in CONFIGS]
+# One of each family: for tests of what does not depend on details of a config.
+SMALL = [("sd", "tome-all"), ("sdxl", "todo"), ("sd3-dual", "tome-reuse"), ("sd3", "todo-area")]
+each = pytest.mark.parametrize("kind, config", MATRIX)
+some = pytest.mark.parametrize("kind, config", SMALL)
+
+
+def options(kind: str, config: str) -> dict[str, Any]:
+    """Keywords of `patch` for a cell of the matrix."""
+    return dict(_ON_SD3.get(config, CONFIGS[config]) if kind.startswith("sd3") else CONFIGS[config])
+
+
+def patch(pipe: Any, kind: str, config: str, **more: Any) -> Any:
+    return tokred.patch(pipe, **options(kind, config) | more)
+
+
+@functools.cache
+def dense(kind: str, **run: Any) -> torch.Tensor:
+    """What an untouched pipeline gives."""
+    return tiny.run(PIPES[kind](), **{"steps": 2} | run)
+
+
+@functools.cache
+def reduced(kind: str, config: str, **run: Any) -> torch.Tensor:
+    """What a fresh pipeline gives, patched and run once."""
+    return tiny.run(patch(PIPES[kind](), kind, config), **{"steps": 2} | run)
+
+
+def run(pipe: Any, **more: Any) -> torch.Tensor:
+    return tiny.run(pipe, **{"steps": 2} | more)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit-equal, and finite."""
+    return bool(torch.isfinite(a).all()) and torch.equal(a, b)
+
+
+def near(a: torch.Tensor, b: torch.Tensor, atol: float) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def leaves(denoiser: torch.nn.Module) -> list[torch.nn.Module]:
+    """The self-attention modules."""
+    return [m for n, m in denoiser.named_modules() if n.endswith(("attn1", ".attn"))]
+
+
+class Snapshot:
+    """Everything a module tree consists of, by identity. Holds on to it, so that no id is used twice."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.modules = {name: (m, type(m), self._contents(m)) for name, m in model.named_modules()}
+
+    @staticmethod
+    def _contents(module: torch.nn.Module) -> dict[str, Any]:
+        found = {}
+        for key, value in vars(module).items():
+            if isinstance(value, dict) and key.startswith("_"):  # parameters, buffers, submodules, hooks
+                found |= {f"{key}[{name!r}]": entry for name, entry in value.items()}
+            else:
+                found[key] = value
+        return found
+
+    def differences(self, model: torch.nn.Module) -> list[str]:
+        """What is not as it was: empty if nothing changed."""
+        now = Snapshot(model).modules
+        found = [f"module {name}" for name in self.modules.keys() ^ now.keys()]
+        for name in self.modules.keys() & now.keys():
+            (old, old_type, before), (new, new_type, after) = self.modules[name], now[name]
+            if old is not new or old_type is not new_type:
+                found.append(f"{name}: {old_type} -> {new_type}")
+            found += [f"{name}.{key} gone" for key in before.keys() - after.keys()]
+            found += [f"{name}.{key} new: {after[key]!r:.80}" for key in after.keys() - before.keys()]
+            found += [f"{name}.{k} replaced" for k in before.keys() & after.keys() if before[k] is not after[k]]
+        return found
+
+
+def private_modules() -> list[str]:
+    """Modules that taps have put into `sys.modules`."""
+    return [name for name in sys.modules if name.startswith("diffusion_tokred.runtime.tap.")]
+
+
+@torch.no_grad()
+def loop(
+    pipe: Any, order: tuple[str, ...] = ("both",), steps: int = 4, guidance: float = 4.0, size: int = 32
+) -> torch.Tensor:
+    """A denoising loop written by hand. `order` names the passes of a step: ("both",) is one batched call, ("cond",
+    "uncond") two calls of batch 1, ("cond",) is without guidance.
+    """
+    model, scheduler = tiny.denoiser(pipe), pipe.scheduler
+    data = tiny.inputs(pipe, height=size, width=size)
+    scheduler.set_timesteps(steps)
+    channels = model.config.in_channels
+    noise = torch.randn(1, channels, size // 2, size // 2, generator=torch.Generator().manual_seed(0))
+    latents = noise.to(model.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
+
+    def call(names: tuple[str, ...], t: torch.Tensor) -> torch.Tensor:
+        def stack(key: str) -> torch.Tensor:
+            return torch.cat([data[{"cond": "", "uncond": "negative_"}[name] + key] for name in names])
+
+        sample, text = torch.cat([latents] * len(names)), stack("prompt_embeds")
+        if model.config.get("_class_name", type(model).__name__) == "SD3Transformer2DModel":
+            pooled = stack("pooled_prompt_embeds")
+            return model(sample, text, pooled, t.expand(len(names)), return_dict=False)[0]
+        more = {}
+        if "pooled_prompt_embeds" in data:
+            ids = torch.tensor([[size, size, 0, 0, size, size]] * len(names), dtype=model.dtype)
+            more["added_cond_kwargs"] = dict(text_embeds=stack("pooled_prompt_embeds"), time_ids=ids)
+        sample = scheduler.scale_model_input(sample, t)
+        return model(sample, t, encoder_hidden_states=text, return_dict=False, **more)[0]
+
+    for t in scheduler.timesteps:
+        if order == ("both",):
+            uncond, cond = call(("uncond", "cond"), t).chunk(2)
+        else:
+            out = {name: call((name,), t) for name in order}
+            cond, uncond = out["cond"], out.get("uncond", out["cond"])
+        latents = scheduler.step(uncond + guidance * (cond - uncond), t, latents, return_dict=False)[0]
+    return latents
