@@ -181,7 +181,7 @@ def compare(
         found = run(
             pipe, config, policy=rule, prompt=prompt, seeds=seeds, size=pixels or defaults.get("size"),
             steps=steps or defaults.get("steps"), guidance=defaults.get("guidance") if guidance is None else guidance,
-            repeat=repeat, model=model, progress=progress,
+            repeat=repeat, model=model, call=defaults.get("call"), progress=progress,
         )  # fmt: skip
     with _working("drawing"):
         panel = images.save(found, out)
@@ -190,6 +190,55 @@ def compare(
     if json == "-":
         print(results.to_json(found.to_dict()), end="")
     _print_comparison(console, found, panel)
+    if results.busy(found.env):
+        _line(f"the machine was busy (load {found.env['load']:.1f} on {found.env['cpus']} CPUs): mistrust the times")
+
+
+@app.command(
+    cls=_MethodCommand,
+    context_settings=_FREE,
+    epilog="""Examples:
+
+    tokred explain --method tome --ratio 0.6 --size 256
+
+    tokred explain --model stabilityai/stable-diffusion-xl-base-1.0 --method todo --size 1024 --json -""",
+)
+def explain(
+    ctx: typer.Context,
+    model: Model = "toy-sd",
+    method: MethodName = "tome",
+    policy: PolicyText = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Count a run of so many steps. (default: one call)")] = None,
+    size: Size = None,
+    guidance: Guidance = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """Say what a method would change and save in a model, without running it.
+
+    Any option of the method can be given too, such as --ratio 0.5; they are listed below.
+    """
+    _quiet_libraries()
+    with _working("starting"):
+        from .evaluation import options, results
+        from . import explain as dry_run
+
+        options.load_plugins()
+        config = options.config_from(method, ctx.args)
+        rule = None if policy is None else options.policy(policy)
+        pixels = None if size is None else options.size(size)
+    pipe, defaults = _load(model, dtype, device, None)
+    width, height = pixels or defaults.get("size") or (None, None)
+    scale = defaults.get("guidance") if guidance is None else guidance
+    found = dry_run(
+        pipe, config, policy=rule, height=height, width=width, num_inference_steps=steps,
+        guidance=scale is None or scale > 1, text_tokens=defaults.get("text_tokens"),
+    )  # fmt: skip
+    text = results.to_json(results.plain(found.to_dict()))
+    if json not in (None, "-"):
+        results.write_text(json, text)
+    print(text.rstrip() if json == "-" else found.table())
 
 
 @app.command()

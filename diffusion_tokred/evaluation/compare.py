@@ -170,13 +170,14 @@ def compare(
     chosen: dict[str, Any] = dict(config=config, policy=policy)
     with patched(pipe, **chosen):  # refuse what cannot work before anything is spent
         pass
+    env = environment(caller.device)
     with caller.quiet():
         caller.warm_up(chosen)
         rows = tuple(_row(caller, chosen, seed, repeat) for seed in seeds)
     width, height = rows[0].unpatched.size
     rule = as_policy(policy)
     return Comparison(
-        env=environment(caller.device),
+        env=env,
         pipeline={
             "model": model or getattr(pipe.config, "_name_or_path", None) or None,
             "class": type(pipe).__name__,

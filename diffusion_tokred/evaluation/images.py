@@ -117,7 +117,8 @@ def caption(comparison: Comparison) -> tuple[str, str]:
     report = c.rows[0].report
     guidance = "" if p["guidance"] is None else f"guidance {p['guidance']:g}, "
     return (
-        f"{name_of(c)}   |   speed-up {c.speedup.text(unit='x')} from {c.speedup.n} pairs of calls   |   "
+        f"{name_of(c)}   |   speed-up {c.speedup.text(unit='x')}, "
+        f"{c.speedup.n} pair{'s'[: c.speedup.n > 1]} of calls   |   "
         f"FLOPs {report.flops / max(report.flops_dense, 1):.0%} of unpatched",
         f"{p['model'] or p['class']}, {p['width']}x{p['height']}, {p['steps']} steps, {guidance}{p['dtype']}   |   "
         f"{env['device']}, {env['threads']} thread{'s'[: env['threads'] > 1]}   |   "

@@ -52,8 +52,13 @@ def load_model(name: str, dtype: str | torch.dtype | None = None, device: str | 
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """steps, guidance and size (width, height) that suit an embedded pipeline; nothing for any other."""
-    return {"steps": 25, "guidance": 3.0, "size": (256, 256)} if name in zoo.NAMES else {}
+    """What suits an embedded pipeline, as it was trained: arguments of `compare`, and `text_tokens` of `explain`. Empty
+    for any other pipeline."""
+    if name not in zoo.NAMES:
+        return {}
+    found: dict[str, Any] = {"steps": 25, "guidance": 3.0, "size": (256, 256)}
+    # CLIP's 20 tokens and T5's: the pipeline would pad to 256.
+    return found | ({"call": {"max_sequence_length": 20}, "text_tokens": 40} if name == "toy-dit" else {})
 
 
 def needs_prompt(pipe: Any) -> None:
@@ -78,11 +83,9 @@ def unread(pipe: Any, prompt: str) -> str | None:
     if unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):  # CLIP's: it knows every letter
         return None
     words = [w for w in prompt.split() if unknown in tokenizer(w, add_special_tokens=False).input_ids]
-    return (
-        f"the model does not know {', '.join(map(repr, words))}: it reads {tokenizer.unk_token} there"
-        if words
-        else None
-    )
+    if not words:
+        return None
+    return f"the model does not know {', '.join(map(repr, words))}: it reads {tokenizer.unk_token} there"
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -67,7 +67,13 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
+        **({"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}),  # of the last minute, all processes
     }
+
+
+def busy(env: dict[str, Any]) -> bool:
+    """Whether the machine had so much to do already that times mean little."""
+    return env.get("load", 0.0) > (env["cpus"] or 1)
 
 
 def version(distribution: str) -> str | None:

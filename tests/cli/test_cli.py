@@ -27,7 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder, on an idle machine."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 def tokred(*words: Any, code: int = 0) -> Any:
@@ -87,6 +89,12 @@ def test_neutral_settings(folder: Path) -> None:
     assert "identical" in result.stdout
     row = json.loads(Path("result.json").read_text())["rows"][0]
     assert row["psnr"] is None and "infinite" in row["why_null"]["psnr"] and row["ssim"] == pytest.approx(1)
+
+
+def test_a_busy_machine_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0.0, 0.0))
+    result = compare(folder)
+    assert result.stderr.startswith("tokred: the machine was busy (load 99.0 on ") and result.stderr.count("\n") == 1
 
 
 def test_a_prompt_that_cannot_be_read_whole_is_told(folder: Path) -> None:
@@ -199,11 +207,11 @@ def test_alone_it_shows_help() -> None:
     assert tokred("--version").stdout == f"tokred {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["compare", "methods", "doctor"])
+@pytest.mark.parametrize("command", ["compare", "explain", "methods", "doctor"])
 def test_every_command_has_help(command: str) -> None:
     text = tokred(command, "--help").stdout
     assert "Usage: tokred" in text or "Usage: root" in text
-    if command != "methods" and command != "doctor":
+    if command in ("compare", "explain"):
         assert "Examples" in text and "--merge-cross-attn" in text and "--factor" in text
 
 
@@ -213,6 +221,17 @@ def test_every_command_has_help(command: str) -> None:
 def test_unknown_commands_and_options(words: str, says: str) -> None:
     result = tokred(*words.split(), code=2)
     assert result.stderr.count("\n") == 1 and says in result.stderr
+
+
+def test_explain(folder: Path, tmp_path: Path) -> None:
+    base = ("explain", "--model", folder, "--device", "cpu", "--size", "64x32", "--ratio", 0.25)
+    text = tokred(*base, "--json", "plan.json").stdout
+    assert "FLOP ratio" in text and "tome on UNet2DConditionModel" in text and "16x32" in text
+    data = json.loads((tmp_path / "plan.json").read_text())
+    assert data == json.loads(tokred(*base, "--json", "-").stdout)
+    assert data["levels"][0]["queries"] == 384 and data["batch"] == 2
+    assert json.loads(tokred(*base, "--steps", 4, "--guidance", 1, "--json", "-").stdout)["batch"] == 1
+    assert "keeps one token in 4" in tokred(*base[:-1], 0.9, code=2).stderr
 
 
 def test_methods() -> None:
