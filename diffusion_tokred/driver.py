@@ -78,10 +78,10 @@ class Driver:
             self.ledger.wrap(Leaf(site, self.method.apply))
         self.ledger.hook(self.denoiser.register_forward_pre_hook(self.before, with_kwargs=True))
         self.ledger.hook(self.denoiser.register_forward_hook(self.after, with_kwargs=True, always_call=True))
-        self._end_run = getattr(self.denoiser, "_reset_stateful_cache", None)
+        self._end_run: Any = getattr(self.denoiser, "_reset_stateful_cache", None)
         self.ledger.shadow(self.denoiser, "_reset_stateful_cache", self.end_run)
         if hasattr(self.denoiser, "cache_context"):
-            self._context = self.denoiser.cache_context
+            self._context: Any = self.denoiser.cache_context
             self.ledger.shadow(self.denoiser, "cache_context", self.cache_context)
         self.ledger.shadow(self.denoiser, "_tokred", self)
 

@@ -140,6 +140,7 @@ def denoisers(target: Any) -> list[nn.Module]:
 
 
 def resolve(config: MethodConfig | None, method: str | None, options: dict[str, Any]) -> MethodConfig:
+    """The config that `patch`'s arguments mean."""
     if config is None:
         if method is None:
             raise ConfigError(f"which method? pass method= one of: {', '.join(METHODS)}, or a config")
@@ -193,7 +194,7 @@ def choose(layout: Layout, method: Method) -> list[Site]:
 
 
 def _nothing(layout: Layout, method: Method, denoiser: nn.Module) -> str:
-    there = {}
+    there: dict[int, set[str]] = {}
     for site in layout.sites:
         there.setdefault(site.level.index, set()).add(site.kind)
     found = "; ".join(f"level {level}: {', '.join(sorted(kinds))}" for level, kinds in sorted(there.items()))

@@ -39,18 +39,18 @@ class Backbone:
     models: tuple[str, ...] = ()
     sites: tuple[type[Site], ...] = ()
 
-    def layout(self, denoiser: nn.Module) -> Layout:
+    def layout(self, denoiser: Any) -> Layout:
         """Find the sites. Reads the denoiser, changes nothing."""
         raise NotImplementedError
 
-    def grids(self, denoiser: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+    def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:
         """Token grid (h, w) of each level for a latent of `height` x `width`."""
         raise NotImplementedError
 
-    def observe(self, layout: Layout, denoiser: nn.Module, sample: Tensor) -> None:
+    def observe(self, layout: Layout, denoiser: Any, sample: Tensor) -> None:
         """Set the grids that the denoiser's input decides (the others are seen at `layout.images`)."""
 
-    def rest(self, denoiser: nn.Module, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
+    def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         """Everything outside the sites that computes: (module, rows or pixels of one sample)."""
         raise NotImplementedError
 

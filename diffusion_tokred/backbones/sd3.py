@@ -44,7 +44,7 @@ class SD3(Backbone):
     models = ("SD3Transformer2DModel",)
     sites = (JointAttention, FeedForwardSite)
 
-    def layout(self, denoiser: nn.Module) -> Layout:
+    def layout(self, denoiser: Any) -> Layout:
         level = Level(0)
         sites: list[Site] = []
         for index, module in enumerate(denoiser.transformer_blocks):
@@ -55,14 +55,14 @@ class SD3(Backbone):
             sites.append(FeedForwardSite(f"{block.name}.ff", module.ff, block, level))
         return Layout(sites, [level], [])
 
-    def grids(self, denoiser: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+    def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:
         patch = denoiser.config.patch_size
         return [(height // patch, width // patch)]
 
-    def observe(self, layout: Layout, denoiser: nn.Module, sample: Tensor) -> None:
+    def observe(self, layout: Layout, denoiser: Any, sample: Tensor) -> None:
         (layout.levels[0].grid,) = self.grids(denoiser, sample.shape[-2], sample.shape[-1])
 
-    def rest(self, denoiser: nn.Module, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
+    def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)
         yield denoiser.pos_embed.proj, h * w
         yield denoiser.time_text_embed, 1

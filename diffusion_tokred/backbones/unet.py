@@ -67,7 +67,7 @@ class UNet(Backbone):
     models = ("UNet2DConditionModel",)
     sites = (SelfAttention, CrossAttention, FeedForwardSite)
 
-    def layout(self, denoiser: nn.Module) -> Layout:
+    def layout(self, denoiser: Any) -> Layout:
         names = {module: name for name, module in denoiser.named_modules()}
         stages = list(_stages(denoiser))
         top = min((depth for depth, stage in stages if _transformers(stage)), default=0)
@@ -89,12 +89,12 @@ class UNet(Backbone):
         used = {site.level.index for site in sites}
         return Layout(sites, [level for level in levels if level.index in used], images)
 
-    def grids(self, denoiser: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+    def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:
         sizes = _sizes(denoiser, height, width)
         top = min((depth for depth, stage in _stages(denoiser) if _transformers(stage)), default=0)
         return [sizes[top + level.index] for level in self.layout(denoiser).levels]
 
-    def rest(self, denoiser: nn.Module, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
+    def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         sizes = [h * w for h, w in _sizes(denoiser, height, width)]
         yield denoiser.conv_in, sizes[0]
         yield denoiser.conv_out, sizes[0]
@@ -116,7 +116,7 @@ class UNet(Backbone):
                 yield sampler, sizes[depth - 1]
 
 
-def _stages(unet: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+def _stages(unet: Any) -> Iterator[tuple[int, nn.Module]]:
     """(number of downsamplings before it, block) in the order of execution."""
     depth = 0
     for block in unet.down_blocks:
@@ -129,7 +129,7 @@ def _stages(unet: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         depth -= len(getattr(block, "upsamplers", None) or ())
 
 
-def _sizes(unet: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
+def _sizes(unet: Any, height: int, width: int) -> list[tuple[int, int]]:
     """(h, w) at each depth, by the arithmetic of the downsampling convolutions that are there."""
     sizes = [(height, width)]
     for block in unet.down_blocks:
@@ -142,11 +142,11 @@ def _sizes(unet: nn.Module, height: int, width: int) -> list[tuple[int, int]]:
     return sizes
 
 
-def _transformers(stage: nn.Module) -> list[nn.Module]:
+def _transformers(stage: Any) -> list[Any]:
     return [a for a in getattr(stage, "attentions", None) or () if hasattr(a, "transformer_blocks")]
 
 
-def _parts(block: nn.Module) -> Iterator[tuple[str, type[Site]]]:
+def _parts(block: Any) -> Iterator[tuple[str, type[Site]]]:
     if not block.only_cross_attention:
         yield "attn1", SelfAttention
     else:
@@ -156,7 +156,7 @@ def _parts(block: nn.Module) -> Iterator[tuple[str, type[Site]]]:
     yield "ff", FeedForwardSite
 
 
-def _fused(attention: nn.Module) -> bool:
+def _fused(attention: Any) -> bool:
     return bool(getattr(attention, "fused_projections", False))
 
 

@@ -58,6 +58,10 @@ class ToMe(Method):
     watches_input = True
     config: ToMeConfig
 
+    def __init__(self, config: ToMeConfig) -> None:
+        super().__init__(config)
+        self.every, self.shares_passes = config.reuse_every, config.share_cfg
+
     def wants(self, site: Site) -> bool:
         option = _OPTIONS.get(site.kind)
         return option is not None and getattr(self.config, option) and site.level.index in self.config.levels
@@ -71,14 +75,6 @@ class ToMe(Method):
 
     def check(self, ratio: float) -> None:
         _check(ratio, self.config)
-
-    @property
-    def every(self) -> int:
-        return self.config.reuse_every
-
-    @property
-    def shares_passes(self) -> bool:
-        return self.config.share_cfg
 
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         n = grid[0] * grid[1]
@@ -114,8 +110,9 @@ class ToMe(Method):
     def _match(self, call: Call) -> Merge:
         c, level = self.config, call.level
         h, w = call.grid
-        offset = draw(level.key, (h // c.sy) * (w // c.sx), c.sy * c.sx) if c.randomize else None
-        x = call.block.input
+        x, key = call.block.input, level.key
+        assert x is not None and key is not None  # kept by the block and the root, since `watches_input`
+        offset = draw(key, (h // c.sy) * (w // c.sx), c.sy * c.sx) if c.randomize else None
         dst = destinations(h, w, c.sy, c.sx, offset, device=x.device)
         r = int(h * w * call.plan.ratio)
         return match(x, dst, split(dst, h * w), r, halves=level.halves if c.share_cfg else 1)

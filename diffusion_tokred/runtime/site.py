@@ -156,7 +156,8 @@ class Site:
     offers: frozenset[str] = frozenset()
 
     def __init__(self, name: str, module: nn.Module, block: Block, level: Level) -> None:
-        self.name, self.module, self.block, self.level = name, module, block, level
+        self.name, self.block, self.level = name, block, level
+        self.module: Any = module  # diffusers' modules are not typed
         self.plan = Plan()
         self.leader = False
 
