@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .runtime.stats import Report, StepRecord
     from .schedule.policy import Policy
 
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "ConfigError", "Explanation", "MethodConfig", "Policy", "Report", "StateError", "StepRecord", "ToDoConfig",

@@ -46,8 +46,8 @@ def patch(
 
     Raises:
         ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy.
-        UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site. Nothing
-            has been changed then.
+        UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site.
+            Nothing has been changed then.
     """
     config = resolve(config, method, options)
     rule = rule_of(config, policy)
@@ -146,7 +146,7 @@ def resolve(config: MethodConfig | None, method: str | None, options: dict[str, 
             raise ConfigError(f"which method? pass method= one of: {', '.join(METHODS)}, or a config")
         return make_config(method, **options)
     if not isinstance(config, MethodConfig):
-        raise ConfigError(f"a config is an object such as ToMeConfig(ratio=0.5), got {config!r}; for a name use method=")
+        raise ConfigError(f"a config is an object such as ToMeConfig(ratio=0.5), got {config!r}; a name goes to method=")
     if method is not None and method != config.name:
         raise ConfigError(f"method={method!r} contradicts the config, which is for {config.name!r}")
     if options:

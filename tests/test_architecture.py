@@ -63,7 +63,10 @@ def test_methods_know_no_model_and_backbones_no_method() -> None:
 
 
 def test_the_import_is_light() -> None:
-    code = "import sys, diffusion_tokred; print([m for m in ('gradio', 'torchmetrics', 'xformers') if m in sys.modules])"
+    code = (
+        "import sys, diffusion_tokred; "
+        "print([m for m in ('gradio', 'torchmetrics', 'xformers', 'torch') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert out.stdout.strip() == "[]"
 

@@ -71,8 +71,8 @@ class FeedForwardSite(Site):
 class TappedSite(Site):
     """An attention whose queries, keys and values a `Tap` can reach, while a method needs them.
 
-    The tapped processor is in place during a call of the denoiser only. Between calls the model has its own, so whatever
-    replaces processors (QKV fusion, adapters, slicing) finds what it expects and is followed at the next step.
+    The tapped processor is in place during a call of the denoiser only. Between calls the model has its own, so
+    whatever replaces processors (QKV fusion, adapters, slicing) finds what it expects and is followed at the next step.
     """
 
     text_first = False

@@ -1,4 +1,4 @@
-"""ToDo: all queries, keys and values from a downsampled grid; nothing to match and nothing to undo (arXiv 2402.13573)."""
+"""ToDo: all queries, but keys and values from a downsampled grid; nothing to match or undo (arXiv 2402.13573)."""
 
 from __future__ import annotations
 

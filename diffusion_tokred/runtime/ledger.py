@@ -53,7 +53,7 @@ class Wrapper:
 
 
 class Ledger:
-    """Changes made to one denoiser. Copies with it: `copy.deepcopy` of a patched denoiser can be unpatched by itself."""
+    """Changes made to one denoiser. Copies with it: a `copy.deepcopy` of the denoiser can be unpatched by itself."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []

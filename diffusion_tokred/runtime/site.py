@@ -213,7 +213,7 @@ class Call:
             found = "no grid" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
             raise StateError(
                 f"{self.site.name} got {n} tokens where level {self.level.index} has {found}. "
-                "Chunked feed-forward, tiling or another tool that splits tokens cannot be combined with reduction here."
+                "Chunked feed-forward, and other tools that split the tokens, cannot be combined with reduction here."
             )
         return grid
 

@@ -17,8 +17,8 @@ class StepRecord:
     """One call of the denoiser.
 
     `mode` and `ratio` are those of the step's plan. Tokens are summed over the sites in use, for one sample: a token is
-    computed where it is query and key. `flops` (2 a multiply-add, whole batch, whole denoiser) are counted, never timed;
-    `seconds` is None unless the run was patched with `record="time"`. Unknown noise is nan (null in JSON).
+    computed where it is query and key. `flops` (2 a multiply-add, whole batch, whole denoiser) are counted, never
+    timed; `seconds` is None unless the run was patched with `record="time"`. Unknown noise is nan (null in JSON).
     """
 
     run: int
@@ -67,9 +67,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: nan becomes None, the token map its shape and values."""
         data = asdict(self)
-        data["steps"] = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in s.items()} for s in data["steps"]
-        ]
+        for step in data["steps"]:
+            step |= {k: None for k, v in step.items() if isinstance(v, float) and not math.isfinite(v)}
         data["token_map"] = None if self.token_map is None else self.token_map.tolist()
         return data
 
@@ -78,15 +77,18 @@ class Report:
 
     def table(self) -> str:
         """A plain-text table, one line a denoiser call."""
-        head = f"{'step':>4} {'pass':>6} {'u':>6} {'mode':>8} {'ratio':>6} {'tokens':>15} {'GFLOP':>9} {'saved':>6} {'ms':>8}"
-        lines = [f"{self.method} on {self.model}, {len(self.steps)} denoiser calls", head]
+        lines = [
+            f"{self.method} on {self.model}, {len(self.steps)} denoiser calls",
+            "step   pass      u     mode  ratio          tokens     GFLOP  saved       ms",
+        ]
         for s in self.steps:
+            u = "-" if math.isnan(s.u) else f"{s.u:.3f}"
+            tokens = f"{s.tokens_computed}/{s.tokens_total}"
             saved = 1 - s.flops / s.flops_dense if s.flops_dense else 0.0
             ms = "-" if s.seconds is None else f"{1000 * s.seconds:.1f}"
-            u = "-" if math.isnan(s.u) else f"{s.u:.3f}"
             lines.append(
-                f"{s.index:>4} {s.pass_key:>6} {u:>6} {s.mode:>8} {s.ratio:>6.3f} {s.tokens_computed:>7}/{s.tokens_total:<7}"
-                f" {s.flops / 1e9:>9.2f} {saved:>6.1%} {ms:>8}"
+                f"{s.index:>4} {s.pass_key:>6} {u:>6} {s.mode:>8} {s.ratio:>6.3f} {tokens:>15} {s.flops / 1e9:>9.2f}"
+                f" {saved:>6.1%} {ms:>8}"
             )
         return "\n".join(lines)
 

@@ -47,8 +47,9 @@ class Tap:
         self.tokens = 0
         self.text = 0
 
-    def attend(self, attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, dim: int, kwargs: Any) -> Tensor:
-        """Call `attention` on edited keys and values. `dim` is the axis of tokens: 2 for (B, H, S, D), 1 for (B, S, H, D)."""
+    def attend(self, attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, dim: int, kwargs: Any) -> Tensor:
+        """Call `attention` on edited keys and values; `dim` is the tokens' axis: 2 in (B, H, S, D), 1 in (B, S, H, D).
+        """
         if k.shape[dim] != self.tokens + self.text:  # another attention in the same processor: an IP-Adapter's
             return attention(q, k, v, **kwargs)
         if self.watch is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 import torch
 from torch import Tensor, nn
 
@@ -72,10 +71,7 @@ class StackBlock(Wrapper):
         if rows is not None and kwargs.get("image_rotary_emb") is not None:
             at = torch.cat([torch.arange(m.text), rows + m.text])
             kwargs["image_rotary_emb"] = tuple(table.index_select(0, at) for table in kwargs["image_rotary_emb"])
-        if args:
-            out = self.base(x, *args[1:], **kwargs)
-        else:
-            out = self.base(**{**kwargs, "hidden_states": x})
+        out = self.base(x, *args[1:], **kwargs) if args else self.base(**{**kwargs, "hidden_states": x})
         if not self.last:
             return out
         y = out if self.image is None else out[self.image]
@@ -167,7 +163,7 @@ def test_packed_stack(name: str, compiled: bool) -> None:
                 site.leave()
 
     assert torch.equal(call(None, first), dense1)  # a full step is the model, bit for bit
-    torch.testing.assert_close(call(torch.arange(64), second), dense2, rtol=0, atol=1e-5)  # all rows: so is a packed one
+    torch.testing.assert_close(call(torch.arange(64), second), dense2, rtol=0, atol=1e-5)  # so is one of all rows
 
     # The same input again: whatever rows run, kept keys, values and residuals are exactly what they would be anew.
     call(None, first)
