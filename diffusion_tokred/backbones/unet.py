@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import UnsupportedError
 from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
 from ..runtime.work import Weights, macs
 from .base import Backbone, FeedForwardSite, Layout, TappedSite, register_backbone, without
@@ -26,7 +27,9 @@ class SelfAttention(TappedSite):
         if isinstance(kv, KV) and watch is None and not _fused(self.module):
             # The processor takes separate keys and values here: reduce before they are projected.
             kwargs["encoder_hidden_states"] = kv.reduce(call.x)
-            if mask is not None and kv.at is not None:
+            if mask is not None:
+                if kv.at is None:
+                    raise UnsupportedError("keys and values under a mask can be chosen, not averaged")
                 kwargs["attention_mask"] = mask.index_select(-1, kv.at)
             return Out(call.base(**kwargs))
         return Out(self.attend(call, kwargs, 0, kv, watch))
@@ -51,9 +54,8 @@ class CrossAttention(Site):
     def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
         if call.kwargs.get("ip_adapter_masks") is not None:
             # An adapter's mask is an image, resized to the number of queries: it needs them all, in their places.
-            x, restore = call.x, at
-            out = call.base(**{**call.kwargs, "hidden_states": x})
-            return Out(out if restore is None else _take(out, restore))
+            out = call.base(**{**call.kwargs, "hidden_states": x if at is None else _put(call.x, at, x)})
+            return Out(out if at is None else _take(out, at))
         return Out(call.base(x, *call.args[1:], **without(call.kwargs, "hidden_states")))
 
     def weights(self) -> Weights:
@@ -158,6 +160,11 @@ def _parts(block: Any) -> Iterator[tuple[str, type[Site]]]:
 
 def _fused(attention: Any) -> bool:
     return bool(getattr(attention, "fused_projections", False))
+
+
+def _put(x: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+    """x (B, N, C) with `rows` (B, M, C) in the places `at` (M,) or (B, M)."""
+    return x.scatter(1, at.expand(rows.shape[:2])[:, :, None].expand_as(rows), rows)
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..runtime.site import Call, Out, Site
 from ..runtime.work import Work
 from ..tokens import Merge, destinations, draw, match, split
@@ -93,6 +93,11 @@ class ToMe(Method):
 
     def apply(self, call: Call) -> Out:
         m = self._plan(call)
+        if call.x.shape[:2] != m.slot.shape:
+            raise StateError(
+                f"{call.site.name} got {tuple(call.x.shape[:2])} (samples, tokens) where the matching is for "
+                f"{tuple(m.slot.shape)}. Chunked feed-forward cannot be combined with merging around it."
+            )
         call.note(m.status)
         return call.compute(m.merge(call.x), at=m.at).map(m.unmerge)
 
