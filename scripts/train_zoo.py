@@ -58,14 +58,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def t5() -> T5EncoderModel:
     """0.5 M parameters, bidirectional: relations are learnt several times faster than with a causal CLIP."""
     shape = dict(d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu")
-    return T5EncoderModel(T5Config(VOCABULARY, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, **shape))
+    return T5EncoderModel(T5Config(vocab_size=VOCABULARY, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, **shape))
 
 
 def clip() -> CLIPTextModelWithProjection:
     """Only there because an SD3 pipeline has two: hands the word embeddings through, and a pooled vector."""
     shape = dict(hidden_size=64, intermediate_size=128, projection_dim=64, num_hidden_layers=1, num_attention_heads=2)
     ids = dict(bos_token_id=1, eos_token_id=1, pad_token_id=0, max_position_embeddings=LENGTH)
-    return CLIPTextModelWithProjection(CLIPTextConfig(VOCABULARY, **shape, **ids))
+    return CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=VOCABULARY, **shape, **ids))
 
 
 def captions(batch: list[scenes.Scene], rng: random.Random) -> list[str]:
@@ -163,10 +163,13 @@ class Denoiser:
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.to(dtype)
-        pipe.save_pretrained(folder)
-        for file in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
-            # The new name of the class in transformers 5; all versions know the old one.
-            file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        pipe.save_pretrained(folder, max_shard_size="12MB")  # no file over 16 MiB
+        for file in folder.rglob("*.json"):
+            # The class has a new name in transformers 5; all versions know the old one. And no path of this machine.
+            lines = file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast").splitlines(keepends=True)
+            file.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)
 
     def load(self, folder: Path) -> None:
         trained = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
@@ -184,7 +187,7 @@ class ToySD(Denoiser):
     """StableDiffusionPipeline, 128 px: a UNet of 3.2 M parameters, v-prediction, a T5 encoder in the text slot."""
 
     lr = 1e-3
-    stages = ((0.7, {64: 24}), (0.3, {128: 12, 64: 24, 256: 3}))
+    stages = ((0.5, {64: 16}), (0.5, {128: 8}))
 
     def __init__(self, vae: Path) -> None:
         self.unet = UNet2DConditionModel(
@@ -226,7 +229,7 @@ class ToyDiT(Denoiser):
     """StableDiffusion3Pipeline, 256 px: an MMDiT of 7.8 M parameters, flow matching; T5 does the reading."""
 
     lr = 1e-3
-    stages = ((0.65, {64: 16}), (0.15, {128: 8}), (0.2, {256: 4}))
+    stages = ((0.5, {64: 16}), (0.25, {128: 8, 256: 4}), (0.25, {256: 4, 128: 8}))
     options = Denoiser.options | dict(max_sequence_length=LENGTH)
 
     def __init__(self, vae: Path) -> None:
@@ -305,7 +308,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         modules = self.recipe.modules.train().to(self.device)
         self.parameters = dict(modules.named_parameters())
-        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(modules.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), fused=True)
         self.step, self.busy, self.stop = 0, 0.0, False
         self.restart_average()
 
@@ -385,9 +388,10 @@ class Run:
             recipe.save(folder, torch.float16)
 
     def train(self) -> None:
-        handlers = {
-            n: signal.signal(n, lambda *_: setattr(self, "stop", True)) for n in (signal.SIGTERM, signal.SIGINT)
-        }
+        def finish(*_: Any) -> None:
+            self.stop = True
+
+        handlers = {number: signal.signal(number, finish) for number in (signal.SIGTERM, signal.SIGINT)}
         saved = drawn = self.busy
         losses: dict[int, float] = {}
         text = TextColumn("step {task.fields[step]} {task.percentage:.1f}% {task.fields[note]}")
@@ -402,13 +406,11 @@ class Run:
                 note = " ".join(f"{side}px {value:.4f}" for side, value in sorted(losses.items()))
                 bar.update(task, completed=self.progress(), step=self.step, note=note)
                 if self.step % 100 == 0:
-                    record = dict(
-                        step=self.step, busy=round(self.busy, 1), progress=round(self.progress(), 4), loss=note
-                    )
+                    record = json.dumps(dict(step=self.step, minutes=round(self.busy / 60, 2), size=size, loss=losses))
                     with open(self.out / "log.jsonl", "a") as log:
-                        log.write(json.dumps(record) + "\n")
+                        log.write(record + "\n")
                     if not bar.console.is_terminal:
-                        print(json.dumps(record), flush=True)
+                        print(f"{self.progress():.1%} {record}", flush=True)
                 if self.busy - saved > 60 * self.save_every:
                     self.save()
                     saved = self.busy
@@ -435,18 +437,12 @@ def start(recipe: Callable[[], VAE | Denoiser], out: Path, *, init_from: Path | 
 
 
 def main(
-    model: Annotated[
-        Literal["vae", "toy-sd", "toy-dit"], typer.Argument(help="The VAE first: both pipelines share it.")
-    ],
+    model: Annotated[Literal["vae", "toy-sd", "toy-dit"], typer.Argument(help="The VAE first: both others need it.")],
     out: Annotated[Path, typer.Option(help="Folder of the run: state, log, sample sheets, export.")],
-    vae: Annotated[Path | None, typer.Option(help="Folder of the frozen VAE, for the pipelines.")] = None,
-    init_from: Annotated[
-        Path | None, typer.Option(help="Exported folder to start from, with a fresh optimiser.")
-    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Folder of the frozen VAE; else that of --init-from.")] = None,
+    init_from: Annotated[Path | None, typer.Option(help="Exported folder to start from, new optimiser.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Length of the run: minutes of CPU time per thread.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Length of the run in optimiser steps, instead of --minutes.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Length of the run in optimiser steps instead.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the scenes and the noise.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16; the weights stay float32.")] = False,
@@ -457,8 +453,9 @@ def main(
 ) -> None:
     if export is None and (minutes is None) == (steps is None):
         raise typer.BadParameter("give the length of the run: --minutes or --steps, one of them")
+    vae = vae or (init_from and init_from / "vae")
     if model != "vae" and vae is None:
-        raise typer.BadParameter("the pipelines need --vae, the export folder of a finished VAE run")
+        raise typer.BadParameter("the pipelines need --vae, the export folder of a finished VAE run (or --init-from)")
     options = dict(minutes=minutes, steps=steps, seed=seed, threads=threads, bf16=bf16, device=device)
     options |= dict(save_every=save_every, sheet_every=sheet_every)
     run = start(lambda: RECIPES[model](vae), out, init_from=init_from, **options)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,9 @@ def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str
     folder, level = path(name), logging.get_verbosity()
     logging.set_verbosity_error()  # else: "Expected types for text_encoder: CLIPTextModel, got T5EncoderModel"
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or torch.float32, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch_dtype, which all supported versions know
+            pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or torch.float32, local_files_only=True)
     finally:
         logging.set_verbosity(level)
     return pipe if device is None else pipe.to(device)
