@@ -16,7 +16,7 @@ from ..backbones import backbone_of
 from ..errors import ConfigError
 from ..explaining import Explanation, explain
 from ..measure.kernels import kernels
-from ..measure.shares import profile, realised
+from ..measure.shares import MIN_IDEAL, profile, realised
 from ..measure.timing import Interval, Timing, Variant, paired
 from ..methods import MethodConfig, ToDoConfig, ToMeConfig
 from ..patching import patched
@@ -91,14 +91,18 @@ class Benchmark:
 
     def rows(self) -> list[dict[str, Any]]:
         """For a result file."""
-        place = {"height": self.height, "width": self.width}
-        return [
-            place
-            | {"variant": line.name, "config": line.config, "seconds": list(line.seconds)}
-            | dict(zip(("seconds_25", "seconds_median", "seconds_75"), line.quartiles, strict=True))
-            | {"flop_ratio": line.flop_ratio, "ideal": line.ideal, "phi": line.phi, "kernels": line.kernels}
-            for line in self.lines
-        ]
+        rows = []
+        for line in self.lines:
+            row = {"height": self.height, "width": self.width, "variant": line.name, "seconds": list(line.seconds)}
+            row |= dict(zip(("seconds_25", "seconds_median", "seconds_75"), line.quartiles, strict=True))
+            row |= {"config": line.config, "kernels": line.kernels, "flop_ratio": line.flop_ratio}
+            row |= {"ideal": line.ideal, "phi": line.phi}
+            if line.ideal is None:
+                row["why_null"] = dict.fromkeys(("config", "flop_ratio", "ideal", "phi"), "nothing is reduced")
+            elif line.phi is None:
+                row["why_null"] = {"phi": f"S* is below {MIN_IDEAL}"}
+            rows.append(row)
+        return rows
 
     def intervals(self) -> dict[str, dict[str, float]]:
         """95 % bootstrap intervals of median ratios within a round, by name."""

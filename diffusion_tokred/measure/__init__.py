@@ -1,1 +1,1 @@
-"""Floor 3: what things cost. FLOPs by site, and paired timing."""
+"""Floor 3: what things cost. FLOPs by site, shares of time, paired timing, kernel counts."""

@@ -38,6 +38,9 @@ def test_lines() -> None:
     assert lines["tomesd"].kernels > lines["unpatched"].kernels  # so it did patch
     assert told[0] == 0 and told[-1] == 1 and told == sorted(told)
     peer = found.intervals()["16x24 tomesd / tome"]
+    rows = found.rows()
+    assert rows[0]["why_null"]["phi"] == "nothing is reduced" and len(rows) == 6
+    assert all(row["phi"] is not None or row["why_null"]["phi"] for row in rows)
     assert peer["low"] <= peer["median"] <= peer["high"] and peer["n"] == 3
     assert state(unet) == before
 
