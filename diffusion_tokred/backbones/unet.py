@@ -118,7 +118,7 @@ class UNet(Backbone):
                 yield sampler, sizes[depth - 1]
 
 
-def _stages(unet: Any) -> Iterator[tuple[int, nn.Module]]:
+def _stages(unet: Any) -> Iterator[tuple[int, Any]]:
     """(number of downsamplings before it, block) in the order of execution."""
     depth = 0
     for block in unet.down_blocks:
