@@ -361,3 +361,7 @@ def _print_comparison(console: Console, found: Comparison, panel: Path) -> None:
 
     _print_table(console, ("", "unpatched", "patched"), comparison_rows(found))
     console.print(f"{panel}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
