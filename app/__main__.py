@@ -7,7 +7,7 @@ import sys
 import typer
 
 
-def main(model: str = "toy-sd", device: str = "", port: int = 7860, share: bool = False) -> None:
+def main(model: str = "toy-dit", device: str = "", port: int = 7860, share: bool = False) -> None:
     """Start the A/B app on a model: a zoo name, a local folder or a hub id."""
     try:
         from . import build

@@ -16,7 +16,7 @@ MOST_PIXELS = 1024  # a side
 MOST_STEPS = 100
 
 
-def build(model: str = "toy-sd", device: str | None = None) -> gr.Blocks:
+def build(model: str = "toy-dit", device: str | None = None) -> gr.Blocks:
     """The app on one model: a zoo name, a local folder or a hub id.
 
     Raises:

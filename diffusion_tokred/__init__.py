@@ -20,9 +20,24 @@ if TYPE_CHECKING:
 from .version import __version__ as __version__
 
 __all__ = [
-    "ConfigError", "Explanation", "MethodConfig", "Policy", "Report", "StateError", "StepRecord", "ToDoConfig",
-    "ToMeConfig", "UnsupportedError", "explain", "methods", "patch", "patched", "register_backbone",
-    "register_method", "report", "unpatch",
+    "ConfigError",
+    "Explanation",
+    "MethodConfig",
+    "Policy",
+    "Report",
+    "StateError",
+    "StepRecord",
+    "ToDoConfig",
+    "ToMeConfig",
+    "UnsupportedError",
+    "explain",
+    "methods",
+    "patch",
+    "patched",
+    "register_backbone",
+    "register_method",
+    "report",
+    "unpatch",
 ]
 
 # Where each public name is: the imports above, for the interpreter.

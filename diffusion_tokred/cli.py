@@ -90,7 +90,7 @@ app = typer.Typer(
 )  # fmt: skip
 _FREE = {"allow_extra_args": True, "ignore_unknown_options": True}  # for the options of the methods
 
-Model = Annotated[str, typer.Option(help="An embedded pipeline (toy-sd, toy-dit), a hub id, or a pipeline's folder.")]
+Model = Annotated[str, typer.Option(help="An embedded pipeline (toy-dit, toy-sd), a hub id, or a pipeline's folder.")]
 MethodName = Annotated[str, typer.Option("--method", help="Which method; `tokred methods` lists them.")]
 PolicyText = Annotated[
     str | None, typer.Option("--policy", metavar="FILE|RATIO", help="Ratio by noise level: JSON, or one number.")
@@ -141,7 +141,7 @@ def _root(
 )
 def compare(
     ctx: typer.Context,
-    model: Model = "toy-sd",
+    model: Model = "toy-dit",
     method: MethodName = "tome",
     policy: PolicyText = None,
     prompt: Annotated[str | None, typer.Option(help="What to draw. (default: a scene of the toy world)")] = None,
@@ -205,7 +205,7 @@ def compare(
 )
 def explain(
     ctx: typer.Context,
-    model: Model = "toy-sd",
+    model: Model = "toy-dit",
     method: MethodName = "tome",
     policy: PolicyText = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Count a run of so many steps. (default: one call)")] = None,
@@ -221,8 +221,8 @@ def explain(
     """
     _quiet_libraries()
     with _working("starting"):
-        from .evaluation import options, results
         from . import explain as dry_run
+        from .evaluation import options, results
 
         options.load_plugins()
         config = options.config_from(method, ctx.args)

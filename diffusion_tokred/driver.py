@@ -101,17 +101,13 @@ class Driver:
         self._thread = threading.get_ident()
         if info.new_run:
             self._close()
-            self.report = Report(
-                self.method.name, self.method.config.to_dict(), type(denoiser).__name__
-            )
+            self.report = Report(self.method.name, self.method.config.to_dict(), type(denoiser).__name__)
         self.info = info
         sample = _argument(args, kwargs, "sample" if "sample" in kwargs else "hidden_states", 0)
         self.backbone.observe(self.layout, denoiser, sample)
         for level in self.levels:
             level.halves, level.status, level.recording = info.halves, None, self.record == "tokens"
-            level.key = torch.full(
-                (), mix(self.seed, info.index, level.index), dtype=torch.int64, device=sample.device
-            )
+            level.key = torch.full((), mix(self.seed, info.index, level.index), dtype=torch.int64, device=sample.device)
             key = (level.index, "" if self.method.shares_passes else info.pass_key, info.batch)
             level.memory = self._memories.setdefault(key, Memory())
         led: set[int] = set()
@@ -161,7 +157,7 @@ class Driver:
     def end_run(self, *args: Any, **kwargs: Any) -> None:
         """In the place of `_reset_stateful_cache`: the pipeline says that the run is over."""
         if self.tracker.finish():
-            self._close()
+            self._close(finished=True)
         if self._end_run is not None:
             self._end_run(*args, **kwargs)
 
@@ -184,11 +180,19 @@ class Driver:
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------
 
-    def _close(self) -> None:
-        """A run is over: publish its report, keep nothing."""
-        if self.report is not None and self.report.steps:
+    def publish(self, finished: bool = False) -> None:
+        """Make the run's report the denoiser's last one, if the run is finished.
+
+        The pipeline says so; in a hand-written loop nobody does, and the last step counts, or no known end.
+        """
+        steps = self.report.steps if self.report is not None else []
+        if self.report is not None and steps and (finished or steps[-1].total in (None, steps[-1].index + 1)):
             self.report.token_map = self._token_map()
             REPORTS[self.denoiser] = self.report
+
+    def _close(self, finished: bool = False) -> None:
+        """A run is over, or was broken off: publish its report, keep nothing."""
+        self.publish(finished)
         self.report = self.info = None
         self._memories.clear()
         self._maps.clear()

@@ -88,6 +88,8 @@ def patched(target: _T, config: MethodConfig | None = None, **options: Any) -> I
 def report(target: Any) -> Report | None:
     """What the last finished run did, step by step; also after `unpatch`. None if no patched run has finished."""
     for denoiser in denoisers(target):
+        if isinstance(driver := denoiser.__dict__.get("_tokred"), Driver):
+            driver.publish()
         if (found := REPORTS.get(denoiser)) is not None:
             return found
     return None
@@ -146,7 +148,9 @@ def resolve(config: MethodConfig | None, method: str | None, options: dict[str, 
             raise ConfigError(f"which method? pass method= one of: {', '.join(METHODS)}, or a config")
         return make_config(method, **options)
     if not isinstance(config, MethodConfig):
-        raise ConfigError(f"a config is an object such as ToMeConfig(ratio=0.5), got {config!r}; a name goes to method=")
+        raise ConfigError(
+            f"a config is an object such as ToMeConfig(ratio=0.5), got {config!r}; a name goes to method="
+        )
     if method is not None and method != config.name:
         raise ConfigError(f"method={method!r} contradicts the config, which is for {config.name!r}")
     if options:

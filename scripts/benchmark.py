@@ -21,8 +21,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from diffusion_tokred import ConfigError, UnsupportedError
-from diffusion_tokred.evaluation.benchmark import Benchmark, benchmark, random_unet
+from diffusion_tokred.evaluation.benchmark import Benchmark, benchmark, duel, random_unet
 from diffusion_tokred.evaluation.results import environment, result, to_json, version, write_text
+from diffusion_tokred.measure.timing import Timing
 
 
 def arguments() -> argparse.Namespace:
@@ -33,6 +34,13 @@ def arguments() -> argparse.Namespace:
     add("--ratio", type=float, default=0.5, help="share of tokens merged by ToMe and tomesd (default: 0.5)")
     add("--factor", type=int, default=2, help="pooling factor of ToDo (default: 2)")
     add("--rounds", type=int, default=10, help="rounds; each variant once, unpatched twice (default: 10)")
+    add(
+        "--duel",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="then time ours against tomesd alone, for a narrow interval",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
     add("--threads", type=int, help="CPU threads of torch (default: torch's choice)")
@@ -76,6 +84,7 @@ def main() -> int:
     name, env = "tiny" if options.tiny else "sd15", environment(options.device)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
     found: list[Benchmark] = []
+    duels: dict[str, Timing] = {}
     with Progress(*columns, console=Console(stderr=True)) as bars:
         building = bars.add_task(f"building the {name} UNet", total=None)
         unet = random_unet(name, getattr(torch, options.dtype), options.device)
@@ -87,11 +96,17 @@ def main() -> int:
                 bars.update(bar, description=f"{side}x{side}: {what}", completed=share)
 
             settings = dict(batch=options.batch, ratio=options.ratio, factor=options.factor, rounds=options.rounds)
-            found.append(benchmark(unet, side, side, **settings, progress=tell))
+            if options.rounds:
+                found.append(benchmark(unet, side, side, **settings, progress=tell))
+            if options.duel:
+                settings = dict(batch=options.batch, ratio=options.ratio, rounds=options.duel)
+                duels[f"{side}x{side}"] = duel(unet, side, side, **settings, progress=tell)
     for one in found:
         console.print(table(one))
         if one.peer is not None:
             console.print(f"tomesd's time / ours at {one.height}x{one.width}: {one.peer} (above 1: ours is faster)\n")
+    for size, timing in duels.items():
+        console.print(f"tomesd's time / ours at {size}, the two alone: {timing.ratio('tomesd', 'tome')}")
     if options.out:
         data = result(
             "benchmark",
@@ -104,8 +119,10 @@ def main() -> int:
             },
             reduction={"ratio": options.ratio, "factor": options.factor, "levels": [0], "rounds": options.rounds},
             prompts=None,
-            rows=[row for one in found for row in one.rows()],
-            intervals={key: value for one in found for key, value in one.intervals().items()},
+            rows=[row for one in found for row in one.rows()]
+            + [{"duel": size, "seconds": t.seconds, "tome_again": t.again} for size, t in duels.items()],
+            intervals={key: value for one in found for key, value in one.intervals().items()}
+            | {f"{size} tomesd / tome, duel": vars(t.ratio("tomesd", "tome")) for size, t in duels.items()},
         )
         write_text(options.out, to_json(data))
         console.print(f"written: {options.out}")

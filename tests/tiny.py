@@ -254,8 +254,9 @@ def _quiet(pipe: Any) -> Any:
 
 
 def denoiser(pipe: Any) -> torch.nn.Module:
-    """`pipe.unet` or `pipe.transformer`."""
-    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    """`pipe.unet` or `pipe.transformer`, inside of `torch.compile`'s wrapper if there is one."""
+    model = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    return getattr(model, "_orig_mod", model)
 
 
 def inputs(

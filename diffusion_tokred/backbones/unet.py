@@ -23,7 +23,9 @@ class SelfAttention(TappedSite):
         kwargs = {**call.kwargs, "hidden_states": x}
         mask = kwargs.get("attention_mask")
         if mask is not None and at is not None and mask.shape[-1] != x.shape[1]:
-            kwargs["attention_mask"] = mask.gather(-1, at.expand(mask.shape[0], -1)[:, None].expand(-1, mask.shape[1], -1))
+            kwargs["attention_mask"] = mask.gather(
+                -1, at.expand(mask.shape[0], -1)[:, None].expand(-1, mask.shape[1], -1)
+            )
         if isinstance(kv, KV) and watch is None and not _fused(self.module):
             # The processor takes separate keys and values here: reduce before they are projected.
             kwargs["encoder_hidden_states"] = kv.reduce(call.x)

@@ -113,6 +113,29 @@ class Benchmark:
         return {name: vars(interval) for name, interval in found.items()}
 
 
+def duel(
+    unet: Any,
+    height: int,
+    width: int,
+    *,
+    batch: int = 1,
+    ratio: float = 0.5,
+    rounds: int = 20,
+    text_tokens: int = 77,
+    progress: Progress | None = None,
+) -> Timing:
+    """Time ToMe as published, ours ("tome") against tomesd, and nothing else: more rounds in the same time.
+
+    Args: as in `benchmark`. A round is ours, tomesd, ours.
+    """
+    call = _call(unet, height, width, batch, text_tokens)
+    ours = Variant(call, _patched(unet, ToMeConfig(ratio=ratio, randomize=False)))
+    variants = {"tome": ours, "tomesd": Variant(call, lambda: _tomesd(unet, ratio))}
+    tell = progress or (lambda what, share: None)
+    total = 3 * rounds + 2
+    return paired(variants, rounds, warmup=1, device=unet.device, progress=lambda n, _: tell("duel", n / total))
+
+
 def benchmark(
     unet: Any,
     height: int,

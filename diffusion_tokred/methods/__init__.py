@@ -5,6 +5,17 @@ from .todo import ToDo, ToDoConfig
 from .tome import ToMe, ToMeConfig
 
 __all__ = [
-    "CONFIGS", "METHODS", "Method", "MethodConfig", "MethodInfo", "ToDo", "ToDoConfig", "ToMe", "ToMeConfig",
-    "make_config", "make_method", "option", "register_method",
+    "CONFIGS",
+    "METHODS",
+    "Method",
+    "MethodConfig",
+    "MethodInfo",
+    "ToDo",
+    "ToDoConfig",
+    "ToMe",
+    "ToMeConfig",
+    "make_config",
+    "make_method",
+    "option",
+    "register_method",
 ]

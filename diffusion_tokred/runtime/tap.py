@@ -48,8 +48,7 @@ class Tap:
         self.text = 0
 
     def attend(self, attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, dim: int, kwargs: Any) -> Tensor:
-        """Call `attention` on edited keys and values; `dim` is the tokens' axis: 2 in (B, H, S, D), 1 in (B, S, H, D).
-        """
+        """Call `attention` on edited keys and values. Tokens are on axis `dim`: (B, H, S, D) or (B, S, H, D)."""
         if k.shape[dim] != self.tokens + self.text:  # another attention in the same processor: an IP-Adapter's
             return attention(q, k, v, **kwargs)
         if self.watch is not None:
