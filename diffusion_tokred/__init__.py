@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import zoo
     from .backbones import register_backbone
     from .errors import ConfigError, StateError, UnsupportedError
     from .explaining import Explanation, explain
@@ -38,6 +39,7 @@ __all__ = [
     "register_method",
     "report",
     "unpatch",
+    "zoo",
 ]
 
 # Where each public name is: the imports above, for the interpreter.
@@ -57,6 +59,8 @@ class _Package(ModuleType):
     """The package itself (PEP 562 as a class): public names come when asked for, and stay."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "zoo":
+            return importlib.import_module(f"{__name__}.zoo")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -76,3 +76,9 @@ def test_every_package_is_in_the_wheel() -> None:
     for folder in {path.parent for path in ROOT.rglob("*.py")} - {ROOT}:
         name = ".".join(("diffusion_tokred", *folder.relative_to(ROOT).parts))
         assert f'"{name}"' in listed, f"{name} is not listed under [tool.setuptools] packages"
+
+
+def test_the_zoo_is_at_hand() -> None:
+    code = "import diffusion_tokred as tokred; print(tokred.zoo.path('toy-sd').name, callable(tokred.methods))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert out.stdout.split() == ["toy-sd", "True"]
