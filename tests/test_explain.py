@@ -12,8 +12,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 
 import diffusion_tokred as tokred
+from diffusion_tokred.testing import tiny
 from diffusion_tokred.tokens import Merge
-from tests import tiny
 
 # A block of the tiny sd's level 0: N = 16 x 16 tokens, d = 32 channels; D = 64 destinations, S = 192 sources.
 N, d, D, S = 256, 32, 64, 192

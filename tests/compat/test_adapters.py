@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.contract.helpers import PIPES, Snapshot, near, patch, run, same
 
 BOTH = pytest.mark.parametrize("config", ["tome-all", "todo"])
@@ -35,7 +35,7 @@ def check(pipe, kind, config, loose="nothing", **more):
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
 def test_variants(kind, variant, config):
     if kind == "sd3" and variant is tiny.controlnet:
-        pytest.skip("tests/tiny.py has none")
+        pytest.skip("testing/tiny.py has none")
     pipe = variant(PIPES[kind]())
     check(pipe, kind, config, steps=3, **({} if variant is tiny.controlnet else dict(strength=0.7)))
 

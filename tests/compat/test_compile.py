@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.contract.helpers import PIPES, dense, near, patch, reduced, run, same
 
 TWO_RATIOS = dict(sd=[(1.0, 0.5), (0.6, 0.0)], sd3=[(1.0, 0.5), (0.8, 0.0)])

@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.compat.test_adapters import check
 from tests.contract.helpers import CONFIGS, PIPES, Snapshot, dense, near, patch, reduced, run, same
 

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.compat.test_adapters import check
 from tests.contract.helpers import CONFIGS, PIPES, Snapshot, dense, near, patch, reduced, run, same
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 
 PIPES = {
     "sd": tiny.sd,

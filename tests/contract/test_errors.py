@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.contract.helpers import Snapshot, dense, loop, patch, reduced, run, same
 
 # (pipeline, arguments, exception, words of the message: found and allowed)

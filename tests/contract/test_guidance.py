@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.contract.helpers import CONFIGS, PIPES, loop, near, patch, run, same
 
 UNSHARED = [name for name in CONFIGS if name != "tome-share"]

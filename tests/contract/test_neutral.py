@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.contract.helpers import PIPES, dense, each, near, options, patch, reduced, run, same
 
 KINDS = pytest.mark.parametrize("kind", PIPES)

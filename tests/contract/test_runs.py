@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.contract.helpers import CONFIGS, PIPES, Snapshot, dense, each, leaves, near, patch, reduced, run, same, some
 
 # What a pipeline may have been used for before the run that counts.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.contract.helpers import PIPES, near, run
 from tests.contract.test_tome_definition import blocks_at
 from tests.reference import todo_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import diffusion_tokred as tokred
+from diffusion_tokred.testing import tiny
 from diffusion_tokred.tokens import draw, mix
-from tests import tiny
 from tests.contract.helpers import PIPES, loop, near, run
 from tests.reference import tome_model
 

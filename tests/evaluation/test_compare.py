@@ -11,7 +11,7 @@ import torch
 import diffusion_tokred as tokred
 from diffusion_tokred.evaluation.compare import Comparison, compare
 from diffusion_tokred.evaluation.metrics import psnr, speedup
-from tests import tiny
+from diffusion_tokred.testing import tiny
 from tests.evaluation import toys
 
 

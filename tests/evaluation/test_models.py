@@ -9,7 +9,7 @@ import torch
 
 from diffusion_tokred import ConfigError, UnsupportedError, zoo
 from diffusion_tokred.evaluation import models
-from tests import tiny
+from diffusion_tokred.testing import tiny
 
 
 def test_a_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from tests import tiny
+from diffusion_tokred.testing import tiny
 
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "star", "ring")
 PROMPT = "a red star a blue ring"

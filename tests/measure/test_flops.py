@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffusion_tokred as tokred
 from diffusion_tokred.backbones import backbone_of
 from diffusion_tokred.measure.flops import Flops
-from tests import tiny
+from diffusion_tokred.testing import tiny
 
 CONFIGS = {
     "dense": None,

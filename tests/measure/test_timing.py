@@ -19,7 +19,7 @@ from diffusion_tokred.measure.shares import Share, kept, profile, realised
 from diffusion_tokred.measure.timing import Timing, Variant, median_interval, paired
 from diffusion_tokred.runtime.site import Block, Level, Site
 from diffusion_tokred.runtime.work import Weights, Work
-from tests import tiny
+from diffusion_tokred.testing import tiny
 
 
 class Clock:

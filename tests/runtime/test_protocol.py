@@ -17,7 +17,7 @@ from diffusion_tokred.backbones.base import TappedSite
 from diffusion_tokred.backbones.sd3 import JointAttention
 from diffusion_tokred.runtime.ledger import Ledger, Wrapper
 from diffusion_tokred.runtime.site import KV, Block, Cache, Call, Leaf, Level, Out, Site
-from tests import tiny
+from diffusion_tokred.testing import tiny
 
 
 class FluxAttention(TappedSite):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import diffusion_tokred as tokred
-from tests import tiny
+from diffusion_tokred.testing import tiny
 
 
 def test_the_last_finished_run() -> None:

@@ -20,7 +20,7 @@ import torch
 from diffusion_tokred.errors import StateError
 from diffusion_tokred.runtime.callers import find_caller
 from diffusion_tokred.runtime.tracker import StepInfo, Tracker
-from tests import tiny
+from diffusion_tokred.testing import tiny
 
 VP = {
     "ddim": lambda: diffusers.DDIMScheduler(),

@@ -1,4 +1,4 @@
-"""Tiny random-weight diffusers pipelines, offline, for the whole test-suite. Nothing is cached; the same seed gives
+"""Tiny random-weight diffusers pipelines, offline, for tests. Nothing is cached; the same seed gives
 the same weights.
 
 Builders, all `(seed=0, scheduler=None) -> DiffusionPipeline` in float32 (`pipe.to(torch.float64)` works for all of
@@ -266,7 +266,7 @@ def inputs(
 
     Row `i` of a batch is the single sample of `batch=1` with seed `seed + i`.
     """
-    model = denoiser(pipe)
+    model: Any = denoiser(pipe)
     kind, dtype, device = type(model).__name__, model.dtype, model.device
 
     def rows(salt: int, *shape: int, sampler: Any = torch.randn) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""For authors of methods and backbones: tiny offline pipelines (`testing.tiny`)."""
