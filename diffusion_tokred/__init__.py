@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .backbones import register_backbone
     from .errors import ConfigError, StateError, UnsupportedError
     from .explaining import Explanation, explain
-    from .methods import MethodConfig, ToDoConfig, ToMeConfig, register_method
+    from .methods import MethodConfig, RandomKeepConfig, ToDoConfig, ToMeConfig, register_method
     from .patching import methods, patch, patched, report, unpatch
     from .runtime.stats import Report, StepRecord
     from .schedule.policy import Policy
@@ -25,6 +25,7 @@ __all__ = [
     "Explanation",
     "MethodConfig",
     "Policy",
+    "RandomKeepConfig",
     "Report",
     "StateError",
     "StepRecord",
@@ -47,7 +48,7 @@ _HOMES = {
     "backbones": ("register_backbone",),
     "errors": ("ConfigError", "StateError", "UnsupportedError"),
     "explaining": ("Explanation", "explain"),
-    "methods": ("MethodConfig", "ToDoConfig", "ToMeConfig", "register_method"),
+    "methods": ("MethodConfig", "RandomKeepConfig", "ToDoConfig", "ToMeConfig", "register_method"),
     "patching": ("methods", "patch", "patched", "report", "unpatch"),
     "runtime.stats": ("Report", "StepRecord"),
     "schedule.policy": ("Policy",),

@@ -1,6 +1,7 @@
 """Floor 3: methods. One file a method: a frozen config dataclass, and what to do at a site."""
 
 from .base import CONFIGS, METHODS, Method, MethodConfig, MethodInfo, make_config, make_method, option, register_method
+from .random_keep import RandomKeep, RandomKeepConfig
 from .todo import ToDo, ToDoConfig
 from .tome import ToMe, ToMeConfig
 
@@ -10,6 +11,8 @@ __all__ = [
     "Method",
     "MethodConfig",
     "MethodInfo",
+    "RandomKeep",
+    "RandomKeepConfig",
     "ToDo",
     "ToDoConfig",
     "ToMe",
