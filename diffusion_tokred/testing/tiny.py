@@ -12,6 +12,8 @@ them):
     dit         DiTTransformer2DModel, 3 blocks, class labels; has no latent output, so `run` returns its pictures
     img2img(pipe), inpaint(pipe), controlnet(pipe, seed=0): other pipelines around the *same* components
 
+`testing.families` has more builders (flux2, qwenimage, wan, ...); everything below works on what they build too.
+
 Calling them:
 
     run(pipe, steps=3, seed=0, batch=1, guidance=4, **kw) -> Tensor   latents (packed for FLUX); depends on these only
@@ -28,6 +30,7 @@ them up shows. `guidance <= 1` turns CFG off; FLUX takes it as `true_cfg_scale`:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +47,9 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
     StableDiffusion3Pipeline,
@@ -60,6 +65,9 @@ from diffusers import (
 )
 
 TEXT, POOLED = 32, 32  # widths of the prompt embeddings in every pipeline here
+# What a family's pipeline wants otherwise than `inputs` has it: from those keywords to the ones that replace them or
+# come on top. By the denoiser's class name; `families` adds its own.
+INPUTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
 def _vae(latent_channels: int = 4, shift: float | None = None) -> AutoencoderKL:
@@ -102,6 +110,12 @@ def _unet(kind: str) -> UNet2DConditionModel:
     return UNet2DConditionModel(sample_size=16, out_channels=4, up_block_types=up, **_unet_config(kind)).eval()
 
 
+_SD3: dict[str, Any] = dict(  # what SD3's transformer and ControlNet have in common
+    sample_size=16, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=16, num_attention_heads=2,
+    joint_attention_dim=TEXT, caption_projection_dim=32, pooled_projection_dim=POOLED, pos_embed_max_size=32,
+)  # fmt: skip
+
+
 def sd(seed: int = 0, scheduler: Any = None) -> StableDiffusionPipeline:
     """SD1.5's shape. Tokens a level at 32x32 pixels: 256, 64, 16, 4."""
     torch.manual_seed(seed)
@@ -130,11 +144,7 @@ def sd3(
 ) -> StableDiffusion3Pipeline:
     """SD3's shape: 64 image tokens and 7 text tokens at 32x32 pixels; the last block is context-pre-only."""
     torch.manual_seed(seed)
-    transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=16, out_channels=16, num_layers=3, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=TEXT, caption_projection_dim=32, pooled_projection_dim=POOLED,
-        pos_embed_max_size=32, dual_attention_layers=dual, qk_norm=qk_norm,
-    ).eval()  # fmt: skip
+    transformer = SD3Transformer2DModel(num_layers=3, dual_attention_layers=dual, qk_norm=qk_norm, **_SD3).eval()
     return _quiet(
         StableDiffusion3Pipeline(
             transformer=transformer, vae=_vae(latent_channels=16, shift=0.05),
@@ -224,17 +234,24 @@ def inpaint(pipe: Any) -> Any:
 
 
 def controlnet(pipe: Any, seed: int = 0) -> Any:
-    """The ControlNet pipeline over the components of an sd or sdxl pipeline, with a ControlNet whose outputs are not
-    zero.
+    """The ControlNet pipeline over the components of an sd, sdxl or sd3 pipeline, with a ControlNet whose outputs are
+    not zero.
     """
+    classes = {
+        "StableDiffusionPipeline": StableDiffusionControlNetPipeline,
+        "StableDiffusionXLPipeline": StableDiffusionXLControlNetPipeline,
+        "StableDiffusion3Pipeline": StableDiffusion3ControlNetPipeline,
+    }
     torch.manual_seed(seed + 1)
-    kind = "sdxl" if "XL" in type(pipe).__name__ else "sd"
-    net = ControlNetModel(conditioning_embedding_out_channels=(8, 16), **_unet_config(kind)).eval()
+    if classes.get(type(pipe).__name__) is StableDiffusion3ControlNetPipeline:
+        net: torch.nn.Module = SD3ControlNetModel(num_layers=2, qk_norm=pipe.transformer.config.qk_norm, **_SD3)
+    else:
+        kind = "sdxl" if "XL" in type(pipe).__name__ else "sd"
+        net = ControlNetModel(conditioning_embedding_out_channels=(8, 16), **_unet_config(kind))
     for name, p in net.named_parameters():  # the "zero convolutions" start at zero: then a ControlNet changes nothing
-        if "controlnet_" in name and not p.any():
+        if ("controlnet_" in name or "pos_embed_input" in name) and not p.any():
             torch.nn.init.normal_(p, std=0.1)
-    classes = {"sd": StableDiffusionControlNetPipeline, "sdxl": StableDiffusionXLControlNetPipeline}
-    return _around(pipe, {type(pipe).__name__: classes[kind]}, controlnet=net)
+    return _around(pipe, classes, controlnet=net.eval())
 
 
 def _around(pipe: Any, classes: dict[str, Any], **more: Any) -> Any:
@@ -291,14 +308,14 @@ def inputs(
         kw["pooled_prompt_embeds"] = rows(3, POOLED)
         if cfg:
             kw["negative_pooled_prompt_embeds"] = rows(4, POOLED) + 0.5
+    elif kind in INPUTS:
+        kw |= INPUTS[kind](kw)
 
     parameters = inspect.signature(type(pipe).__call__).parameters
-    if "image" in parameters and "ControlNet" in type(pipe).__name__:
-        kw["image"] = rows(5, 3, height, width, sampler=torch.rand)
-    elif "image" in parameters:
-        kw["image"] = rows(5, 3, height, width, sampler=torch.rand)
-        if "mask_image" in parameters:
-            kw["mask_image"] = (rows(6, 1, height, width, sampler=torch.rand) > 0.5).to(dtype)
+    for name in {"image", "control_image"} & parameters.keys() - kw.keys():
+        kw[name] = rows(5, 3, height, width, sampler=torch.rand)
+    if "mask_image" in parameters:
+        kw["mask_image"] = (rows(6, 1, height, width, sampler=torch.rand) > 0.5).to(dtype)
     return {k: v for k, v in kw.items() if k in parameters}
 
 
@@ -311,4 +328,9 @@ def run(pipe: Any, steps: int = 3, seed: int = 0, batch: int = 1, guidance: floa
     generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
     call = inputs(pipe, seed, batch, guidance, **size) | dict(generator=generators, num_inference_steps=steps)
     call["output_type"] = "pt" if isinstance(pipe, DiTPipeline) else "latent"
-    return pipe(**(call | kw)).images
+    # This one encodes its control picture with the process's random numbers, whatever generators it is given.
+    draws, device = isinstance(pipe, StableDiffusion3ControlNetPipeline), denoiser(pipe).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=draws):
+        if draws:
+            torch.manual_seed(seed)
+        return pipe(**(call | kw))[0]

@@ -34,8 +34,6 @@ def check(pipe, kind, config, loose="nothing", **more):
 @pytest.mark.parametrize("variant", [tiny.img2img, tiny.inpaint, tiny.controlnet], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
 def test_variants(kind, variant, config):
-    if kind == "sd3" and variant is tiny.controlnet:
-        pytest.skip("testing/tiny.py has none")
     pipe = variant(PIPES[kind]())
     check(pipe, kind, config, steps=3, **({} if variant is tiny.controlnet else dict(strength=0.7)))
 
