@@ -8,6 +8,7 @@ names the passes of a step.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import time
 import weakref
@@ -54,6 +55,7 @@ class Driver:
         self.levels = [level for level in layout.levels if any(site.level is level for site in sites)]
         self.needs = {site.kind: method.needs(site.kind) for site in sites}
         self.tracker = Tracker(denoiser)
+        self._names = [*inspect.signature(type(denoiser).forward).parameters][1:]  # of the denoiser's arguments
         self.ledger = Ledger()
         self.flops = Flops(backbone, denoiser, layout.sites)
         self.report: Report | None = None
@@ -71,11 +73,11 @@ class Driver:
         for module, level in self.layout.images:
             if level in self.levels:
                 self.ledger.wrap(GridKeeper(module, level))
-        if self.method.watches_input:
-            for block in {id(site.block): site.block for site in self.sites}.values():
-                self.ledger.wrap(BlockKeeper(block))
         for site in self.sites:
             self.ledger.wrap(Leaf(site, self.method.apply))
+        if self.method.watches_input:  # outermost, for the sites that are whole blocks
+            for block in {id(site.block): site.block for site in self.sites}.values():
+                self.ledger.wrap(BlockKeeper(block))
         self.ledger.hook(self.denoiser.register_forward_pre_hook(self.before, with_kwargs=True))
         self.ledger.hook(self.denoiser.register_forward_hook(self.after, with_kwargs=True, always_call=True))
         self._end_run: Any = getattr(self.denoiser, "_reset_stateful_cache", None)
@@ -103,10 +105,12 @@ class Driver:
             self._close()
             self.report = Report(self.method.name, self.method.config.to_dict(), type(denoiser).__name__)
         self.info = info
-        sample = _argument(args, kwargs, "sample" if "sample" in kwargs else "hidden_states", 0)
-        self.backbone.observe(self.layout, denoiser, sample)
+        inputs = self._inputs(args, kwargs)
+        sample = self.backbone.latent(inputs)
+        self.backbone.observe(self.layout, denoiser, inputs)
         for level in self.levels:
             level.halves, level.status, level.recording = info.halves, None, self.record == "tokens"
+            level.scratch = {}
             level.key = torch.full((), mix(self.seed, info.index, level.index), dtype=torch.int64, device=sample.device)
             key = (level.index, "" if self.method.shares_passes else info.pass_key, info.batch)
             level.memory = self._memories.setdefault(key, Memory())
@@ -140,12 +144,12 @@ class Driver:
         self._leave()
         if output is None or self.report is None or self.info is None:
             return
-        sample = _argument(args, kwargs, "sample" if "sample" in kwargs else "hidden_states", 0)
+        inputs = self._inputs(args, kwargs)
         seconds = None
         if self.record == "time":
-            _synchronize(sample)
+            _synchronize(self.backbone.latent(inputs))
             seconds = time.perf_counter() - self._started
-        self.report.steps.append(self._record(self.info, sample, _text_tokens(args, kwargs), seconds))
+        self.report.steps.append(self._record(self.info, inputs, seconds))
         if self.record == "tokens":
             seen = {level.index: level.status for level in self.levels if level.status is not None}
             for half in range(self.info.halves):
@@ -197,16 +201,21 @@ class Driver:
         self._memories.clear()
         self._maps.clear()
         for level in self.levels:
-            level.memory, level.status, level.key = Memory(), None, None
+            level.memory, level.scratch, level.status, level.key = Memory(), {}, None, None
 
     def _grid(self, index: int) -> tuple[int, int]:
         return next(level.grid for level in self.levels if level.index == index and level.grid is not None)
 
-    def _record(self, info: StepInfo, sample: Tensor, text: int, seconds: float | None) -> StepRecord:
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The denoiser's arguments by name."""
+        return dict(zip(self._names, args, strict=False)) | kwargs
+
+    def _record(self, info: StepInfo, inputs: dict[str, Any], seconds: float | None) -> StepRecord:
         plans = tuple((s.plan.mode, s.plan.text, s.leader and s.plan.refresh) for s in self.sites)
-        key = (tuple(sample.shape), text, plans)
+        size = (*self.backbone.size(self.layout, inputs), info.batch, self.backbone.text(inputs))
+        key = (size, plans)
         if key not in self._counts:
-            self._counts[key] = self._count(sample, text)
+            self._counts[key] = self._count(*size)
         total, computed, flops, dense = self._counts[key]
         active = next((site.plan for site in self.sites if site.plan.mode != "full"), None)
         return StepRecord(
@@ -214,9 +223,8 @@ class Driver:
             active.mode if active else "full", active.ratio if active else 0.0, total, computed, flops, dense, seconds,
         )  # fmt: skip
 
-    def _count(self, sample: Tensor, text: int) -> tuple[int, int, int, int]:
+    def _count(self, height: int, width: int, batch: int, text: int) -> tuple[int, int, int, int]:
         """Tokens and FLOPs of the step: total and computed, reduced and dense."""
-        height, width = sample.shape[-2:]
         levels = self.layout.levels
         grids = {v.index: g for v, g in zip(levels, self.backbone.grids(self.denoiser, height, width), strict=True)}
         grids |= {level.index: level.grid for level in self.levels if level.grid is not None}
@@ -227,8 +235,8 @@ class Driver:
             if site.name in work:
                 n = grids[site.level.index][0] * grids[site.level.index][1]
                 computed -= n - min(work[site.name].queries, work[site.name].keys)
-        dense = self.flops.call(height, width, sample.shape[0], text, grids)
-        reduced = self.flops.call(height, width, sample.shape[0], text, grids, work)
+        dense = self.flops.call(height, width, batch, text, grids)
+        reduced = self.flops.call(height, width, batch, text, grids, work)
         return total, computed, reduced, dense
 
     def _token_map(self) -> np.ndarray | None:
@@ -244,15 +252,6 @@ class Driver:
                     full = F.interpolate(maps[level.index][None, None].float(), size=(h, w), mode="nearest")
                     result[step, passes.index(name), place] = full[0, 0].to(torch.uint8).numpy()
         return result
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str, place: int) -> Any:
-    return kwargs[name] if name in kwargs else args[place]
-
-
-def _text_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-    return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
 
 
 def _synchronize(tensor: Tensor) -> None:

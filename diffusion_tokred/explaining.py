@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -192,7 +191,7 @@ def explain(
     denoiser: Any = denoisers(target)[0]
     driver = plan(denoiser, make_method(config), rule, 0, None)
     h, w = _latent_size(target, denoiser, height, width)
-    text = _text_tokens(target, driver) if text_tokens is None else text_tokens
+    text = driver.backbone.prompt(target) if text_tokens is None else text_tokens
     levels = driver.layout.levels
     grids = {v.index: g for v, g in zip(levels, driver.backbone.grids(denoiser, h, w), strict=True)}
     count = _Count(driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype)
@@ -245,7 +244,7 @@ class _Count:
             raise ConfigError(f"{method.name} at latents of {self.size[0]}x{self.size[1]}: {error}") from error
         parts = driver.flops.parts(*self.size, works)
         self.reduced = {kind: n + parts[kind] for kind, n in self.reduced.items()}
-        self.touched += sum(self.flops(site) for site in active)
+        self.touched += sum(self.flops(part) for site in active for part in (site, *site.inner))
         batch = self.size[2]
         stored = [method.stored(s, self.grids[s.level.index], s.plan.ratio, batch, self.dtype) for s in active]
         self.bytes = max(self.bytes, sum(stored))
@@ -291,7 +290,7 @@ class _Count:
     def _site(self, site: Site) -> SiteLine:
         tokens = math.prod(self.grids[site.level.index])
         work = self.works.get(site.name) or Work(tokens)
-        used = any(site is other for other in self.driver.sites)
+        used = any(site is part for other in self.driver.sites for part in (other, *other.inner))
         return SiteLine(
             name=site.name,
             kind=site.kind,
@@ -347,7 +346,7 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
 def _latent_size(target: Any, denoiser: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width of the latents."""
     scale = 1 if isinstance(target, nn.Module) else int(getattr(target, "vae_scale_factor", 8))
-    native = getattr(denoiser.config, "sample_size", None)
+    native = denoiser.config.get("sample_size") or getattr(target, "default_sample_size", None)
     sides: list[Any] = list(native) if isinstance(native, (tuple, list)) else [native, native]
     for place, (name, value) in enumerate((("height", height), ("width", width))):
         if value is not None:
@@ -357,16 +356,6 @@ def _latent_size(target: Any, denoiser: Any, height: int | None, width: int | No
         if sides[place] is None:
             raise ConfigError(f"this {type(denoiser).__name__} has no native size: give height and width")
     return int(sides[0]), int(sides[1])
-
-
-def _text_tokens(target: Any, driver: Driver) -> int:
-    """Tokens that prompts are padded to: CLIP's and, where joined to them (SD3), T5's."""
-    length = getattr(getattr(target, "tokenizer", None), "model_max_length", 77)
-    length = length if length <= 4096 else 77  # transformers writes "no limit" as 10**30
-    if any(site.weights().text_is == "joined" for site in driver.layout.sites):
-        known = {} if isinstance(target, nn.Module) else inspect.signature(type(target).__call__).parameters
-        length += known["max_sequence_length"].default if "max_sequence_length" in known else 256
-    return length
 
 
 def _strongest(rule: Policy) -> float:

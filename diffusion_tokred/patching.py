@@ -114,14 +114,21 @@ def config_of(method: str) -> type[MethodConfig]:
     return type(make_config(method))
 
 
-def why_not(method: Method, backbone: Backbone) -> str | None:
-    """Why a method, with its options, cannot work on a family; None if it can."""
-    kinds = {site.kind: site.offers for site in backbone.sites}
-    usable = [kind for kind in method.kinds if kind in kinds and method.needs(kind) <= kinds[kind]]
-    if usable:
+def why_not(method: Method, backbone: Backbone, kind: str | None = None) -> str | None:
+    """Why a method, with its options, cannot work on a family, at sites of a kind if one is named; None if it can."""
+    if kind is None:
+        reasons = [why_not(method, backbone, kind) for kind in method.kinds]
+        return None if None in reasons else reasons[0]
+    if kind not in method.kinds:
+        return f"{method.name} does not act on {kind}"
+    sites = [site for site in backbone.sites if site.kind == kind]
+    if not sites:
+        return f"no {kind} in {backbone.name}"
+    lacking = [(site, missing) for site in sites if (missing := method.needs(kind) - site.offers)]
+    if len(lacking) < len(sites):
         return None
-    needs = sorted({need for kind in method.kinds for need in method.needs(kind)})
-    return f"{method.name} needs " + "; ".join(OFFERS[n] for n in needs) + f", which no site of {backbone.name} offers"
+    site, missing = lacking[0]
+    return "; ".join(site.lacks.get(need, f"not offered: {OFFERS[need]}") for need in sorted(missing))
 
 
 def denoisers(target: Any) -> list[nn.Module]:
@@ -182,22 +189,50 @@ def plan(denoiser: nn.Module, method: Method, policy: Policy, seed: int, record:
         )
     if getattr(denoiser, "_parallel_config", None) is not None:
         raise UnsupportedError("context parallelism splits the tokens over devices: token reduction cannot work on it")
+    if reason := unmet(layout, sites, method):
+        raise UnsupportedError(f"{method.name} on {type(denoiser).__name__}: {reason}")
     for site in sites:
-        needs = method.needs(site.kind)
-        if missing := needs - site.offers:
-            what = "; ".join(OFFERS[need] for need in sorted(missing))
-            raise UnsupportedError(f"{method.name} needs at {site.name} what {backbone.name} cannot do there: {what}")
-        if reason := site.refusal(needs):
+        if reason := site.refusal(method.needs(site.kind)):
             raise UnsupportedError(f"{method.name} at {site.name}: {reason}")
     return Driver(denoiser, backbone, layout, sites, method, policy, seed, record)
 
 
 def choose(layout: Layout, method: Method) -> list[Site]:
-    """The sites that a method would use."""
-    return [site for site in layout.sites if method.wants(site)]
+    """The sites that a method would use: those that it wants and that can do what it needs.
+
+    Where it could use a site and one inside of it (a parallel block, and its attention), it uses the outer one.
+    """
+    able = [site for site in layout.sites if method.wants(site) and method.needs(site.kind) <= site.offers]
+    inside = {id(inner) for site in able for inner in site.inner}
+    return [site for site in able if id(site) not in inside]
+
+
+def unmet(layout: Layout, sites: list[Site], method: Method) -> str | None:
+    """An option that would do nothing although others do something; None if all have an effect."""
+    used = {site.kind for site in sites}
+    for site in layout.sites:
+        if site.kind not in used and method.wants(site) and (missing := method.needs(site.kind) - site.offers):
+            return f"{site.name} cannot do what is needed: {_missing(site, missing)}"
+    kinds = {site.kind for site in layout.sites}
+    for kind, option in method.asks().items():
+        if kind not in kinds:
+            return f"{option} matches nothing, there is no {kind} here: leave it out"
+    there, levels = {site.level.index for site in sites}, getattr(method.config, "levels", ())
+    if lost := [level for level in levels if level not in there]:
+        known = sorted({site.level.index for site in layout.sites if site.kind in used})
+        return f"levels={levels}: nothing to act on at level {lost[0]}; the levels here: {', '.join(map(str, known))}"
+    return None
+
+
+def _missing(site: Site, missing: frozenset[str]) -> str:
+    return "; ".join(site.lacks.get(need, OFFERS[need]) for need in sorted(missing))
 
 
 def _nothing(layout: Layout, method: Method, denoiser: nn.Module) -> str:
+    for site in layout.sites:
+        if method.wants(site) and (missing := method.needs(site.kind) - site.offers):
+            where = f"{site.name} of this {type(denoiser).__name__}"
+            return f"{method.name} needs at {where} what cannot be done there: {_missing(site, missing)}"
     there: dict[int, set[str]] = {}
     for site in layout.sites:
         there.setdefault(site.level.index, set()).add(site.kind)

@@ -1,6 +1,8 @@
 """Floor 3: architectures. One file a family says where attention and feed-forward sit, and what each site can do."""
 
-from . import sd3, unet
+from . import dit, flux, pixart, sd3, unet
 from .base import BACKBONES, Backbone, Layout, backbone_of, register_backbone
 
-__all__ = ["BACKBONES", "Backbone", "Layout", "backbone_of", "register_backbone", "sd3", "unet"]
+__all__ = [
+    "BACKBONES", "Backbone", "Layout", "backbone_of", "dit", "flux", "pixart", "register_backbone", "sd3", "unet",
+]  # fmt: skip

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
-from ..runtime.tap import Tap, tapped, why_not
-from ..runtime.work import Weights, macs
+from ..runtime.site import Level, Site
 
 
 class Layout:
@@ -20,10 +19,12 @@ class Layout:
         sites: all sites, in the order of execution.
         levels: one `Level` for each resolution with attention, largest first.
         images: (module, level) pairs: modules whose input image (B, C, h, w) has the level's token grid.
+        notes: what the backbone remembers from call to call.
     """
 
     def __init__(self, sites: list[Site], levels: list[Level], images: list[tuple[nn.Module, Level]]) -> None:
         self.sites, self.levels, self.images = sites, levels, images
+        self.notes: dict[str, Any] = {}
 
 
 class Backbone:
@@ -33,86 +34,54 @@ class Backbone:
         name: short name, as in the README's table.
         models: class names of the denoisers it knows.
         sites: the site classes it makes, which say what each kind offers.
+        sample: the denoiser's argument that holds the noisy latents.
     """
 
     name = ""
     models: tuple[str, ...] = ()
     sites: tuple[type[Site], ...] = ()
+    sample = "hidden_states"
 
     def layout(self, denoiser: Any) -> Layout:
         """Find the sites. Reads the denoiser, changes nothing."""
         raise NotImplementedError
 
     def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:
-        """Token grid (h, w) of each level for a latent of `height` x `width`."""
-        raise NotImplementedError
+        """Token grid (h, w) of each level for a latent of `height` x `width`. Default: one level, of patches."""
+        patch = denoiser.config.patch_size
+        return [(height // patch, width // patch)]
 
-    def observe(self, layout: Layout, denoiser: Any, sample: Tensor) -> None:
-        """Set the grids that the denoiser's input decides (the others are seen at `layout.images`)."""
+    def latent(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The noisy latents among the denoiser's arguments: for their device and rows."""
+        found = inputs[self.sample]
+        return found if isinstance(found, Tensor) else found[0]
+
+    def size(self, layout: Layout, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of the latents in a call, in the units of `grids`."""
+        height, width = self.latent(inputs).shape[-2:]
+        return int(height), int(width)
+
+    def text(self, inputs: Mapping[str, Any]) -> int:
+        """Text tokens of a sample in a call."""
+        text = inputs.get("encoder_hidden_states")
+        return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+
+    def observe(self, layout: Layout, denoiser: Any, inputs: Mapping[str, Any]) -> None:
+        """Set what the denoiser's arguments decide: grids, and where the image begins. (Other grids are seen at
+        `layout.images`.) Default: the grids of `size`."""
+        for level, grid in zip(layout.levels, self.grids(denoiser, *self.size(layout, inputs)), strict=True):
+            level.grid = grid
+
+    def prompt(self, pipe: Any) -> int:
+        """Text tokens that a pipeline pads its prompts to; `pipe` may be a bare denoiser. Default: its own default."""
+        length = default_of(pipe, "max_sequence_length")
+        if length is None:
+            length = getattr(getattr(pipe, "tokenizer", None), "model_max_length", 77)
+        return length if length <= 4096 else 77  # transformers writes "no limit" as 10**30
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         """Everything outside the sites that computes: (module, rows or pixels of one sample)."""
         raise NotImplementedError
-
-
-class FeedForwardSite(Site):
-    """An MLP on image tokens: each row by itself."""
-
-    kind = "feed_forward"
-    offers = frozenset({"at"})
-
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
-        return Out(call.base(x, *call.args[1:], **without(call.kwargs, "hidden_states")))
-
-    def weights(self) -> Weights:
-        return Weights(query=macs(self.module))
-
-
-class TappedSite(Site):
-    """An attention whose queries, keys and values a `Tap` can reach, while a method needs them.
-
-    The tapped processor is in place during a call of the denoiser only. Between calls the model has its own, so
-    whatever replaces processors (QKV fusion, adapters, slicing) finds what it expects and is followed at the next step.
-    """
-
-    text_first = False
-
-    def __init__(self, name: str, module: nn.Module, block: Block, level: Level) -> None:
-        super().__init__(name, module, block, level)
-        self.tap = Tap(self.text_first)
-        self._own: Any = None
-        self._tapped: Any = None
-
-    def attend(self, call: Call, kwargs: dict[str, Any], text: int, kv: KV | Cache | None, watch: Any) -> Any:
-        """Call the module by keywords, through the tap where one is needed."""
-        if kv is None and watch is None:
-            return call.base(**kwargs)
-        tap = self.tap
-        tap.kv, tap.watch, tap.tokens, tap.text = kv, watch, kwargs["hidden_states"].shape[1], text
-        try:
-            return call.base(**kwargs)
-        finally:
-            tap.clear()
-
-    def needs_tap(self, needs: frozenset[str]) -> bool:
-        """Whether a method that needs this cannot do without the tap, with what is installed now."""
-        return bool(needs & {"kv", "kv_select", "cache", "watch"})
-
-    def refusal(self, needs: frozenset[str]) -> str | None:
-        return why_not(self.module.processor) if self.needs_tap(needs) else None
-
-    def enter(self, needs: frozenset[str]) -> None:
-        self.leave()  # after a KeyboardInterrupt, which passes no hook, it is still in place
-        if not self.needs_tap(needs):
-            return
-        if self._own is not self.module.processor:
-            self._own = self.module.processor
-            self._tapped = tapped(self._own, self.tap)
-        self.module.processor = self._tapped
-
-    def leave(self) -> None:
-        if self._tapped is not None and self.module.processor is self._tapped:
-            self.module.processor = self._own
 
 
 BACKBONES: dict[str, Backbone] = {}
@@ -138,6 +107,7 @@ def backbone_of(denoiser: Any) -> Backbone:
     raise UnsupportedError(f"{type(denoiser).__name__} is not supported; supported denoisers: {known}")
 
 
-def without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
-    """`kwargs` less one entry."""
-    return {key: value for key, value in kwargs.items() if key != name}
+def default_of(pipe: Any, argument: str) -> Any:
+    """Default of an argument of a pipeline's call; None if it has no such argument."""
+    known = {} if isinstance(pipe, nn.Module) else inspect.signature(type(pipe).__call__).parameters
+    return known[argument].default if argument in known else None

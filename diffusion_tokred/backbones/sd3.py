@@ -5,37 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
-from ..runtime.work import Weights, macs
-from .base import Backbone, FeedForwardSite, Layout, TappedSite, register_backbone
-
-
-class JointAttention(TappedSite):
-    """`attn` of a JointTransformerBlock: image and text attend to both. Keys and values come after the projection."""
-
-    kind = "attention"
-    offers = frozenset({"at", "kv", "kv_select", "cache", "watch"})
-
-    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return kwargs["hidden_states"]
-
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
-        text = call.kwargs.get("encoder_hidden_states")
-        out = self.attend(call, {**call.kwargs, "hidden_states": x}, 0 if text is None else text.shape[1], kv, watch)
-        return Out(out[0], tuple(out[1:])) if isinstance(out, tuple) else Out(out)
-
-    def weights(self) -> Weights:
-        a = self.module
-        text = macs(*(getattr(a, name, None) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")))
-        # All rows handed in are projected, whatever is attended to: keys and values are reduced after it.
-        return Weights(
-            query=macs(a.to_q, a.to_k, a.to_v, a.to_out),
-            text=text,
-            core=2 * a.inner_dim,
-            text_is="joined" if text else "absent",
-        )
+from ..runtime.site import Block, Level, Site
+from .attention import FeedForwardSite, JointAttention
+from .base import Backbone, Layout, default_of, register_backbone
 
 
 @register_backbone
@@ -55,12 +29,8 @@ class SD3(Backbone):
             sites.append(FeedForwardSite(f"{block.name}.ff", module.ff, block, level))
         return Layout(sites, [level], [])
 
-    def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:
-        patch = denoiser.config.patch_size
-        return [(height // patch, width // patch)]
-
-    def observe(self, layout: Layout, denoiser: Any, sample: Tensor) -> None:
-        (layout.levels[0].grid,) = self.grids(denoiser, sample.shape[-2], sample.shape[-1])
+    def prompt(self, pipe: Any) -> int:
+        return 77 + (default_of(pipe, "max_sequence_length") or 256)  # CLIP's tokens and T5's
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)

@@ -123,6 +123,7 @@ def profile(
 def _share(site: Site, spans: dict[str, list[tuple[Any, Any]]], clock: _Clock, total: float) -> Share:
     core = clock.seconds(spans.get(f"{site.name} core", []))
     whole = clock.seconds(spans.get(site.name, []))
+    whole -= sum(clock.seconds(spans.get(inner.name, [])) for inner in site.inner)  # those have shares of their own
     if site.weights().core and not core and whole:
         processor = type(getattr(site.module, "processor", None)).__name__
         raise UnsupportedError(

@@ -125,7 +125,7 @@ class Method:
         if site.kind not in self.kinds:
             return f"{self.name} does not act on {site.kind}"
         if missing := self.needs(site.kind) - site.offers:
-            return "not offered: " + "; ".join(OFFERS[need] for need in sorted(missing))
+            return "not offered: " + "; ".join(site.lacks.get(need, OFFERS[need]) for need in sorted(missing))
         levels = getattr(self.config, "levels", None)
         if levels is not None and site.level.index not in levels:
             return f"level {site.level.index} not in levels={levels}"
@@ -134,6 +134,10 @@ class Method:
     def needs(self, kind: str) -> frozenset[str]:
         """Which of `runtime.site.OFFERS` a site of this kind must have."""
         raise NotImplementedError
+
+    def asks(self) -> dict[str, str]:
+        """Kinds of site that the user asked for by name: kind -> the option. A model without them is refused."""
+        return {}
 
     def check(self, ratio: float) -> None:
         """Refuse a ratio that the method cannot do.
@@ -168,6 +172,7 @@ class Method:
                 continue
             grid, ratio = grids[site.level.index], site.plan.ratio
             result[site.name] = work = self.work(site, grid, ratio)
+            result |= {inner.name: self.work(inner, grid, ratio) for inner in site.inner}
             decides = site.leader and site.plan.refresh if self.every else site.block.index not in blocks
             if decides:
                 work.extra += self.overhead(site, grid, ratio)

@@ -36,6 +36,8 @@ class ToDoConfig(MethodConfig):
 class ToDo(Method):
     paper = "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images, arXiv 2402.13573"
     kinds = ("attention",)
+    every = 2**31  # which tokens are kept is the same at every step
+    shares_passes = True
     config: ToDoConfig
 
     def wants(self, site: Site) -> bool:
@@ -51,12 +53,19 @@ class ToDo(Method):
         h, w = pooled_grid(*grid, _factor(ratio))
         return Work(grid[0] * grid[1], h * w)
 
+    def stored(self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype) -> int:
+        kept = self.work(site, grid, ratio).keys
+        return 8 * kept if site.leader and self.config.mode in MODES[:2] else 0
+
     def apply(self, call: Call) -> Out:
-        (h, w), mode = call.grid, self.config.mode
-        factor = _factor(call.plan.ratio)
-        at = positions(h, w, factor, mode, call.x.device) if mode in MODES[:2] else None
-        call.note(partial(_status, call.x, at))
-        return call.compute(kv=KV(partial(downsample, h=h, w=w, factor=factor, mode=mode), at))
+        (h, w), mode, memory = call.grid, self.config.mode, call.level.memory
+        # Some calls leave out blocks (SD3's skip-layer guidance), the leader perhaps: then the first that is there.
+        if call.plan.refresh and (call.site.leader or memory.value is None):
+            factor = _factor(call.plan.ratio)
+            at = positions(h, w, factor, mode, call.x.device) if mode in MODES[:2] else None
+            memory.value = KV(partial(downsample, h=h, w=w, factor=factor, mode=mode), at)
+        call.note(partial(_status, call.x, memory.value.at))
+        return call.compute(kv=memory.value)
 
 
 def _factor(ratio: float) -> int:

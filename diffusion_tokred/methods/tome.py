@@ -12,7 +12,12 @@ from ..runtime.work import Work
 from ..tokens import Merge, destinations, draw, match, split
 from .base import Method, MethodConfig, option, register_method
 
-_OPTIONS = {"attention": "merge_attn", "cross_attention": "merge_cross_attn", "feed_forward": "merge_ff"}
+_OPTIONS = {
+    "attention": "merge_attn",
+    "cross_attention": "merge_cross_attn",
+    "feed_forward": "merge_ff",
+    "parallel": "merge_parallel",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class ToMeConfig(MethodConfig):
     merge_attn: bool = option(True, "merge around self-attention")
     merge_cross_attn: bool = option(False, "merge around cross-attention")
     merge_ff: bool = option(False, "merge around the feed-forward")
+    merge_parallel: bool = option(
+        True, "where attention and MLP are one (FLUX's single blocks), merge around both; False: around the attention"
+    )
     reuse_every: int = option(
         0, "0: match in each block, as published; k: one matching a level, shared by its blocks for k steps", low=0
     )
@@ -54,7 +62,7 @@ class ToMeConfig(MethodConfig):
 @register_method("tome", ToMeConfig)
 class ToMe(Method):
     paper = "Token Merging for Fast Stable Diffusion, arXiv 2303.17604"
-    kinds = ("attention", "cross_attention", "feed_forward")
+    kinds = ("attention", "cross_attention", "feed_forward", "parallel")
     watches_input = True
     config: ToMeConfig
 
@@ -63,12 +71,20 @@ class ToMe(Method):
         self.every, self.shares_passes = config.reuse_every, config.share_cfg
 
     def wants(self, site: Site) -> bool:
-        option = _OPTIONS.get(site.kind)
-        return option is not None and getattr(self.config, option) and site.level.index in self.config.levels
+        return self._is_on(site.kind) and site.level.index in self.config.levels
 
     def leaves(self, site: Site) -> str:
-        option = _OPTIONS.get(site.kind)
-        return f"{option} is off" if option and not getattr(self.config, option) else super().leaves(site)
+        if site.kind in _OPTIONS and not self._is_on(site.kind):
+            return f"{_OPTIONS[site.kind]} is off"
+        return super().leaves(site)
+
+    def _is_on(self, kind: str) -> bool:
+        on = kind in _OPTIONS and getattr(self.config, _OPTIONS[kind])
+        return on and (kind != "parallel" or self.config.merge_attn)
+
+    def asks(self) -> dict[str, str]:
+        kinds = ("cross_attention", "feed_forward")
+        return {kind: _OPTIONS[kind] for kind in kinds if getattr(self.config, _OPTIONS[kind])}
 
     def needs(self, kind: str) -> frozenset[str]:
         return frozenset({"at"})

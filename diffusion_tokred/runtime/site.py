@@ -8,9 +8,11 @@ They are plain classes on purpose: a compiled graph may build them, and may set 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
@@ -53,21 +55,33 @@ class Level:
 
     Attributes:
         index: 0 for the largest attention level.
-        grid: (h, w) tokens, known once the level has been reached.
+        grid: (h, w) tokens, known once the level has been reached. A video's frames lie one below another.
+        start: rows before the image where text and image are one sequence.
         halves: how many parts of the batch belong to the same images ([uncond; cond] = 2), 1 when unknown.
         key: 0-d int64 tensor on the tokens' device, new at each step; see `tokens.draw`.
         memory: this pass's `Memory`, kept over the steps of a run.
+        scratch: what sites derive from a plan, such as rows of a rotary table; emptied before each denoiser call.
         status: (B, N) uint8, what became of each token, when the run records it.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.grid: tuple[int, int] | None = None
+        self.start = 0
         self.halves = 1
         self.key: Tensor | None = None
         self.memory = Memory()
+        self.scratch: dict[str, Any] = {}
         self.recording = False
         self.status: Tensor | None = None
+
+    def image(self, rows: Tensor, start: int) -> Tensor:
+        """The image tokens of a sequence (B, S, C), where they begin at row `start`: (B, N, C).
+
+        What follows them (reference pictures, padding) is not theirs. A sequence of fewer rows is returned whole.
+        """
+        n = rows.shape[1] if self.grid is None else self.grid[0] * self.grid[1]
+        return rows if rows.shape[1] <= n else rows.narrow(1, start, n)
 
 
 class Memory:
@@ -81,12 +95,26 @@ class Memory:
 
 
 class Block:
-    """What the sites of one transformer block share during a call: its input (`width` channels), and a scratch slot."""
+    """What the sites of one transformer block share during a call: its input (`width` channels), and a scratch slot.
 
-    def __init__(self, index: int, name: str, module: nn.Module, width: int = 0) -> None:
+    `joint`: the block is handed text and image as one sequence. `argument`: the name it has for it.
+    """
+
+    argument = "hidden_states"
+
+    def __init__(
+        self, index: int, name: str, module: nn.Module, width: int = 0, level: Level | None = None, joint: bool = False
+    ) -> None:
         self.index, self.name, self.module, self.width = index, name, module, width
+        self.level, self.joint = level, joint
         self.input: Tensor | None = None
         self.scratch: Any = None
+
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the image tokens that the block is handed."""
+        rows = args[0] if args else kwargs[self.argument]
+        level = self.level
+        self.input = rows if level is None else level.image(rows, level.start if self.joint else 0)
 
 
 class KV:
@@ -130,14 +158,25 @@ class Cache:
 
 
 class Out:
-    """What a module returned: image tokens `x` (B, N, C), and the rest as it was (the text stream, for one)."""
+    """What a module returned: image tokens `x` (B, N, C), and the rest as it was.
 
-    def __init__(self, x: Tensor, rest: tuple[Any, ...] = ()) -> None:
-        self.x, self.rest = x, rest
+    `rest`: other results (the text stream, for one); `head` and `tail`: rows before and after the image in its
+    sequence.
+    """
+
+    def __init__(
+        self, x: Tensor, rest: tuple[Any, ...] = (), head: Tensor | None = None, tail: Tensor | None = None
+    ) -> None:
+        self.x, self.rest, self.head, self.tail = x, rest, head, tail
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Out:
         """Change the image tokens, leave the rest."""
-        return Out(change(self.x), self.rest)
+        return Out(change(self.x), self.rest, self.head, self.tail)
+
+    def rows(self) -> Tensor:
+        """The whole sequence, (B, S, C)."""
+        parts = [part for part in (self.head, self.x, self.tail) if part is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class Site:
@@ -148,12 +187,20 @@ class Site:
         kind: one of `KINDS`.
         block: the `Block` it belongs to (the site's place in the order of execution is `block.index`).
         level: the `Level` it belongs to.
-        offers: which of `OFFERS` it can do.
+        offers: which of `OFFERS` it can do; `lacks`: why it cannot do others, for users to read.
+        joint: it is handed text and image as one sequence.
+        extras: rows that are none of the picture's may follow it (reference pictures, padding).
+        inner: sites inside of it (the attention of a `parallel` site): a method acts on it or on them.
         leader: True at the first of its level's sites that the method uses.
     """
 
     kind = "attention"
+    argument = "hidden_states"
+    joint = False
+    extras = False
     offers: frozenset[str] = frozenset()
+    lacks: Mapping[str, str] = MappingProxyType({})
+    inner: tuple[Site, ...] = ()
 
     def __init__(self, name: str, module: nn.Module, block: Block, level: Level) -> None:
         self.name, self.block, self.level = name, block, level
@@ -161,17 +208,40 @@ class Site:
         self.plan = Plan()
         self.leader = False
 
+    @property
+    def start(self) -> int:
+        """The row at which the image begins in what the module is handed."""
+        return self.level.start if self.joint else 0
+
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The image tokens among a call's arguments."""
-        return args[0] if args else kwargs["hidden_states"]
+        """The sequence among a call's arguments, (B, S, C)."""
+        return args[0] if args else kwargs[self.argument]
 
     def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
         """Call the module itself on `x`."""
         raise NotImplementedError
 
-    def write(self, out: Out) -> Any:
+    def fill(self, call: Call, x: Tensor) -> Tensor:
+        """The sequence handed in, with `x` in the place of its image tokens."""
+        rows, start, n = call.rows, self.start, call.x.shape[1]
+        if rows.shape[1] == n:
+            return x
+        parts = [rows[:, :start]] if start else []
+        return (
+            torch.cat([*parts, x, rows[:, start + n :]], 1) if rows.shape[1] > start + n else torch.cat([*parts, x], 1)
+        )
+
+    def cut(self, call: Call, rows: Tensor, m: int, rest: tuple[Any, ...] = ()) -> Out:
+        """The other way round: of a sequence that came back, `m` rows are image tokens."""
+        if rows.shape[1] == m:
+            return Out(rows, rest)
+        start = self.start
+        tail = rows[:, start + m :] if rows.shape[1] > start + m else None
+        return Out(rows[:, start : start + m], rest, rows[:, :start] if start else None, tail)
+
+    def write(self, call: Call, out: Out) -> Any:
         """What the module's caller expects."""
-        return out.x if not out.rest else (out.x, *out.rest)
+        return out.rows() if not out.rest else (out.rows(), *out.rest)
 
     def weights(self) -> Weights:
         """The cost of a row, for `measure.flops`."""
@@ -192,14 +262,17 @@ class Call:
     """One call of a site's module, as a method sees it.
 
     Attributes:
-        x: (B, N, C) image tokens handed to the module (after the block's norm and modulation).
+        x: (B, N, C) image tokens handed to the module (after the block's norm and modulation; at a `parallel` site,
+            which is a whole block, before them).
+        rows: (B, S, C) the sequence that they are part of.
         site, plan, level, block: see those classes; `block.input` is the block's input, before its first norm.
     """
 
     def __init__(self, site: Site, base: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.site, self.base, self.args, self.kwargs = site, base, args, kwargs
         self.plan, self.level, self.block = site.plan, site.level, site.block
-        self.x = site.read(args, kwargs)
+        self.rows = site.read(args, kwargs)
+        self.x = self.level.image(self.rows, site.start)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -209,6 +282,8 @@ class Call:
             StateError: the module was handed another number of tokens than its level's grid has.
         """
         grid, n = self.level.grid, self.x.shape[1]
+        if n < self.rows.shape[1] and not (self.site.extras or self.site.joint):
+            n = self.rows.shape[1]
         if grid is None or grid[0] * grid[1] != n:
             found = "no grid" if grid is None else f"a grid of {grid[0]} x {grid[1]}"
             raise StateError(
@@ -234,6 +309,13 @@ class Call:
         """
         return self.site.run(self, self.x if x is None else x, at, kv, watch)
 
+    def module(self, rows: Tensor, **changes: Any) -> Any:
+        """Call the module as it was called, but on these rows and with these keyword arguments changed."""
+        kwargs = {**self.kwargs, **changes}
+        if self.args:
+            return self.base(rows, *self.args[1:], **kwargs)
+        return self.base(**{**kwargs, self.site.argument: rows})
+
     def note(self, status: Callable[[], Tensor]) -> None:
         """Say what became of each token, (B, N) uint8 of `TOKEN_STATES`; evaluated only when the run records it."""
         if self.level.recording and self.site.leader:
@@ -252,7 +334,8 @@ class Leaf(Wrapper):
             return self.retire(args, kwargs)
         if self.site.plan.mode == "full":
             return self.base(*args, **kwargs)
-        return self.site.write(self.apply(Call(self.site, self.base, args, kwargs)))
+        call = Call(self.site, self.base, args, kwargs)
+        return self.site.write(call, self.apply(call))
 
 
 class BlockKeeper(Wrapper):
@@ -265,7 +348,7 @@ class BlockKeeper(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.retire(args, kwargs)
-        self.block.input = args[0] if args else kwargs["hidden_states"]
+        self.block.keep(args, kwargs)
         try:
             return self.base(*args, **kwargs)
         finally:

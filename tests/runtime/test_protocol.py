@@ -6,35 +6,18 @@ see only the chosen tokens; attention keeps the keys and values of all; tokens t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion_tokred.backbones import unet
-from diffusion_tokred.backbones.base import TappedSite
-from diffusion_tokred.backbones.sd3 import JointAttention
+from diffusion_tokred.backbones.attention import JointAttention, SelfAttention
+from diffusion_tokred.backbones.flux import FluxJointAttention, FluxStreamAttention
 from diffusion_tokred.runtime.ledger import Ledger, Wrapper
-from diffusion_tokred.runtime.site import KV, Block, Cache, Call, Leaf, Level, Out, Site
+from diffusion_tokred.runtime.site import Block, Cache, Call, Leaf, Level, Out, Site
 from diffusion_tokred.testing import tiny
-
-
-class FluxAttention(TappedSite):
-    """`attn` of both kinds of FLUX block: text first; a single block's attention sees [text, image] as one stream."""
-
-    text_first = True
-    offers = frozenset({"at", "cache"})
-
-    def read(self, args: Any, kwargs: Any) -> Tensor:
-        return kwargs["hidden_states"]
-
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
-        text = call.kwargs.get("encoder_hidden_states")
-        if text is None:
-            return Out(self.attend(call, call.kwargs, 0, kv, watch))
-        out = self.attend(call, call.kwargs, text.shape[1], kv, watch)
-        return Out(out[0], tuple(out[1:]))
 
 
 class Packed:
@@ -83,17 +66,22 @@ class StackBlock(Wrapper):
         return y if self.image is None else tuple(y if i == self.image else part for i, part in enumerate(out))
 
 
-def case(name: str) -> tuple[nn.Module, list[nn.Module], list[tuple[str, type[Site]]], int, bool, int | None]:
+def flux_attention(name: str, module: Any, block: Block, level: Level) -> Site:
+    kind = FluxJointAttention if hasattr(block.module, "norm1") else FluxStreamAttention
+    return kind(name, module, block, level)
+
+
+def case(name: str) -> tuple[nn.Module, list[nn.Module], list[tuple[str, Callable[..., Site]]], int, bool, int | None]:
     if name == "sd3":
         model = tiny.sd3(dual=(0,), qk_norm="rms_norm").transformer
-        parts: list[tuple[str, type[Site]]] = [("attn", JointAttention), ("attn2", JointAttention)]
+        parts: list[tuple[str, Callable[..., Site]]] = [("attn", JointAttention), ("attn2", JointAttention)]
         return model, list(model.transformer_blocks), parts, 5, False, 1
     if name == "pixart":
         model = tiny.pixart().transformer
-        return model, list(model.transformer_blocks), [("attn1", unet.SelfAttention)], 0, False, None
+        return model, list(model.transformer_blocks), [("attn1", SelfAttention)], 0, False, None
     model = tiny.flux().transformer
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    return model, blocks, [("attn", FluxAttention)], 5, True, 1
+    return model, blocks, [("attn", flux_attention)], 5, True, 1
 
 
 def arguments(model: nn.Module, name: str, seed: int) -> dict[str, Any]:

@@ -1,0 +1,37 @@
+"""DiTTransformer2DModel: the class-conditional DiT. Positions are added to the tokens; square pictures only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..runtime.site import Block, Level, Site
+from .attention import FeedForwardSite, SelfAttention, basic_sites
+from .base import Backbone, Layout, register_backbone
+
+
+@register_backbone
+class DiT(Backbone):
+    name = "dit"
+    models = ("DiTTransformer2DModel",)
+    sites = (SelfAttention, FeedForwardSite)
+
+    def layout(self, denoiser: Any) -> Layout:
+        level, sites = Level(0), list[Site]()
+        for index, module in enumerate(denoiser.transformer_blocks):
+            sites += basic_sites(Block(index, f"transformer_blocks.{index}", module, denoiser.inner_dim), level)
+        return Layout(sites, [level], [])
+
+    def prompt(self, pipe: Any) -> int:
+        return 0  # class labels
+
+    def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
+        ((h, w),) = self.grids(denoiser, height, width)
+        yield denoiser.pos_embed.proj, h * w
+        for block in denoiser.transformer_blocks:
+            yield block.norm1, 1
+        yield denoiser.transformer_blocks[0].norm1.emb, 1  # once more, for the output's modulation
+        yield denoiser.proj_out_1, 1
+        yield denoiser.proj_out_2, h * w
