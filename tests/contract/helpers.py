@@ -12,11 +12,22 @@ import torch
 import diffusion_tokred as tokred
 from diffusion_tokred.testing import tiny
 
+
+def _flux(*args: Any, **kwargs: Any) -> Any:
+    """diffusers' `cache_context` leaves a registry on the model when first used: it is there from the start."""
+    pipe = tiny.flux(*args, **kwargs)
+    with pipe.transformer.cache_context("cond"):
+        return pipe
+
+
 PIPES = {
     "sd": tiny.sd,
     "sdxl": tiny.sdxl,
     "sd3": tiny.sd3,
     "sd3-dual": functools.partial(tiny.sd3, dual=(0, 1), qk_norm="rms_norm"),
+    "dit": tiny.dit,
+    "pixart": tiny.pixart,
+    "flux": _flux,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "tome": dict(method="tome"),
@@ -27,22 +38,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "todo": dict(method="todo"),
     "todo-area": dict(method="todo", mode="area"),
 }
-# SD3 has one level and no cross-attention.
-_ON_SD3 = {
+# Transformers have one level; SD3, DiT and FLUX have no cross-attention; rotary keys cannot be averaged.
+_ONE_LEVEL = {
     "tome-all": dict(method="tome", merge_ff=True),
     "tome-reuse": dict(method="tome", reuse_every=2),
     "tome-share": dict(method="tome", reuse_every=1, share_cfg=True, ratio=0.6),
 }
+_OPTIONS = {
+    "sd": {},
+    "sdxl": {},
+    "pixart": _ONE_LEVEL | {"tome-all": dict(method="tome", merge_cross_attn=True, merge_ff=True)},
+    "flux": _ONE_LEVEL | {"todo-area": dict(method="tome", merge_parallel=False, reuse_every=1)},
+}
 MATRIX = [(pipe, config) for pipe in PIPES for config in CONFIGS]
 # One of each family: for tests of what does not depend on details of a config.
-SMALL = [("sd", "tome-all"), ("sdxl", "todo"), ("sd3-dual", "tome-reuse"), ("sd3", "todo-area")]
+SMALL = [
+    ("sd", "tome-all"), ("sdxl", "todo"), ("sd3-dual", "tome-reuse"), ("sd3", "todo-area"), ("pixart", "tome-all"),
+    ("flux", "tome-all"), ("flux", "todo"),
+]  # fmt: skip
 each = pytest.mark.parametrize("kind, config", MATRIX)
 some = pytest.mark.parametrize("kind, config", SMALL)
 
 
 def options(kind: str, config: str) -> dict[str, Any]:
     """Keywords of `patch` for a cell of the matrix."""
-    return dict(_ON_SD3.get(config, CONFIGS[config]) if kind.startswith("sd3") else CONFIGS[config])
+    return dict((CONFIGS | _OPTIONS.get(kind, _ONE_LEVEL))[config])
 
 
 def patch(pipe: Any, kind: str, config: str, **more: Any) -> Any:
@@ -123,8 +143,11 @@ def loop(
     """
     model, scheduler = tiny.denoiser(pipe), pipe.scheduler
     data = tiny.inputs(pipe, height=size, width=size)
-    scheduler.set_timesteps(steps)
-    channels = model.config.in_channels
+    if scheduler.config.get("use_dynamic_shifting"):
+        scheduler.set_timesteps(steps, mu=0.8)
+    else:
+        scheduler.set_timesteps(steps)
+    channels = model.config.in_channels // (4 if type(model).__name__ == "FluxTransformer2DModel" else 1)  # packed
     noise = torch.randn(1, channels, size // 2, size // 2, generator=torch.Generator().manual_seed(0))
     latents = noise.to(model.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
 
@@ -132,10 +155,29 @@ def loop(
         def stack(key: str) -> torch.Tensor:
             return torch.cat([data[{"cond": "", "uncond": "negative_"}[name] + key] for name in names])
 
-        sample, text = torch.cat([latents] * len(names)), stack("prompt_embeds")
-        if model.config.get("_class_name", type(model).__name__) == "SD3Transformer2DModel":
-            pooled = stack("pooled_prompt_embeds")
-            return model(sample, text, pooled, t.expand(len(names)), return_dict=False)[0]
+        sample, kind = torch.cat([latents] * len(names)), model.config.get("_class_name", type(model).__name__)
+        time = t.expand(len(names))
+        if kind == "DiTTransformer2DModel":
+            labels = torch.tensor([{"cond": data["class_labels"][0], "uncond": 1000}[name] for name in names])
+            return model(sample, time, labels, return_dict=False)[0].chunk(2, 1)[0]
+        text = stack("prompt_embeds")
+        if kind == "PixArtTransformer2DModel":
+            added = {"resolution": None, "aspect_ratio": None}
+            mask = stack("prompt_attention_mask")
+            out = model(sample, text, time, added, encoder_attention_mask=mask, return_dict=False)[0]
+            return out.chunk(2, 1)[0]
+        if kind == "FluxTransformer2DModel":
+            b, c, h, w = sample.shape
+            packed = sample.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+            ids = torch.zeros(h // 2, w // 2, 3)
+            ids[..., 1], ids[..., 2] = torch.arange(h // 2)[:, None], torch.arange(w // 2)
+            out = model(
+                packed, text, stack("pooled_prompt_embeds"), (time / 1000).to(sample.dtype), ids.reshape(-1, 3),
+                torch.zeros(text.shape[1], 3), return_dict=False,
+            )[0]  # fmt: skip
+            return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(sample.shape)
+        if kind == "SD3Transformer2DModel":
+            return model(sample, text, stack("pooled_prompt_embeds"), time, return_dict=False)[0]
         more = {}
         if "pooled_prompt_embeds" in data:
             ids = torch.tensor([[size, size, 0, 0, size, size]] * len(names), dtype=model.dtype)

@@ -72,7 +72,11 @@ def test_share_cfg_shares_indices_not_values(kind):
     outputs = {}
     model = tiny.denoiser(pipe)
     patch(pipe, kind, "tome-share")
-    handle = model.register_forward_hook(lambda m, args, out: outputs.setdefault(len(outputs), out[0]))
+
+    def keep(module, args, out):
+        outputs[len(outputs)] = out[0]
+
+    handle = model.register_forward_hook(keep)
     loop(pipe, ("cond", "uncond"), steps=1)
     want = dict(outputs)
     outputs.clear()
@@ -86,12 +90,16 @@ def test_share_cfg_shares_indices_not_values(kind):
 def test_unconditional_half_does_not_see_the_other(kind, config):
     """Change the prompt: the unconditional half of the first call must not move by a bit."""
     pipe = patch(PIPES[kind](), kind, config)
-    halves = []
-    tiny.denoiser(pipe).register_forward_hook(lambda m, args, out: halves.append(out[0]))
+    calls = []
+    tiny.denoiser(pipe).register_forward_hook(lambda m, args, out: calls.append(out[0]))
     data = tiny.inputs(pipe)
     run(pipe, steps=1)
-    run(pipe, steps=1, prompt_embeds=data["prompt_embeds"] * 2 + 1)
-    (uncond, cond), (uncond_too, other) = (h.chunk(2) for h in halves)
+    other = dict(class_labels=[3]) if kind == "dit" else dict(prompt_embeds=data["prompt_embeds"] * 2 + 1)
+    run(pipe, steps=1, **other)
+    rows = torch.cat(calls).chunk(4)  # FLUX: one call a half; DiT and FLUX: the conditional half comes first
+    (uncond, cond), (uncond_too, other) = (
+        (b, a) if kind in ("dit", "flux") else (a, b) for a, b in (rows[:2], rows[2:])
+    )
     assert same(uncond, uncond_too) and not torch.equal(cond, other)
 
 

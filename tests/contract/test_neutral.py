@@ -1,5 +1,7 @@
 """Contract 0 and 1: what `ratio` means, and that ratio 0 is the dense model."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_ratio_is_the_share_not_computed():
 @KINDS
 def test_report_counts_tome(kind, ratio):
     pipe = tokred.patch(PIPES[kind](), method="tome", ratio=ratio)
-    run(pipe)
+    run(pipe, guidance=1.0)
     report = tokred.report(pipe)
     assert len(report.steps) == 2
     for step in report.steps:
@@ -34,7 +36,7 @@ def test_report_counts_tome(kind, ratio):
 @KINDS
 def test_report_counts_todo(kind):
     pipe = tokred.patch(PIPES[kind](), method="todo", factor=2)
-    run(pipe)
+    run(pipe, guidance=1.0)
     assert tokred.report(pipe).tokens_saved == 0.75
     assert [step.ratio for step in tokred.report(pipe).steps] == [0.75, 0.75]
 
@@ -52,10 +54,14 @@ def test_rows_that_reach_the_attention(kind):
     before, rows[:] = list(rows), []
     tokred.patch(pipe, method="tome", ratio=0.25)
     run(pipe, steps=1)
-    largest = max(before)
+    text = 7 if kind == "flux" else 0  # in the single blocks, and never merged
+    largest = max(before) - text
     assert len(rows) == len(before)
     changed = [(a, b) for a, b in zip(before, rows, strict=True) if a != b]
-    assert changed and all(pair == (largest, largest * 3 // 4) for pair in changed)
+    merged = {(largest, largest * 3 // 4), (largest + text, largest * 3 // 4 + text)}
+    assert changed and set(changed) <= merged
+    if kind in ("sd3", "dit", "flux"):  # one level, and no attention to the prompt alone
+        assert len(changed) == len(rows)
 
 
 @each
@@ -80,6 +86,8 @@ def test_every_config_does_something(kind, config):
 )
 @KINDS
 def test_neutral_settings_are_bit_equal(kind, neutral):
+    if kind == "flux" and neutral.get("mode") == "area":
+        pytest.skip("refused on rotary models: keys can be chosen, not averaged")
     pipe = tokred.patch(PIPES[kind](), **neutral)
     assert same(run(pipe), dense(kind))
     assert all(step.mode == "full" and step.tokens_computed == step.tokens_total for step in tokred.report(pipe).steps)
@@ -116,10 +124,11 @@ def test_report_says_what_ran(kind):
     run(pipe, steps=3)
     tokred.unpatch(pipe)
     report = tokred.report(pipe)
+    passes = ("cond", "uncond") if kind == "flux" else ("0",)
     assert report.method == "tome" and report.config == tokred.ToMeConfig().to_dict()
     assert report.model == type(tiny.denoiser(pipe)).__name__
-    assert [(s.index, s.total, s.pass_key) for s in report.steps] == [(i, 3, "0") for i in range(3)]
-    assert all(a.u > b.u for a, b in zip(report.steps, report.steps[1:], strict=False))
+    assert [(s.index, s.total, s.pass_key) for s in report.steps] == [(i, 3, p) for i in range(3) for p in passes]
+    assert all(a.u > b.u for a, b in itertools.pairwise(report.steps[:: len(passes)]))
 
 
 @pytest.mark.parametrize("config", ["tome", "tome-share", "todo", "todo-area"])
@@ -129,11 +138,11 @@ def test_token_map(kind, config):
     assert same(run(pipe), reduced(kind, config))  # recording changes nothing
     found = tokred.report(pipe).token_map
     side = 16 if kind == "sd" else 8
-    levels = 2 if config == "tome-share" and not kind.startswith("sd3") else 1
+    levels = len(options(kind, config).get("levels", (0,)))
     assert found.shape == (2, 2, levels, side, side)
     # Contract 0 again: the share of tokens that have no output, or no keys, of their own.
-    share = options(kind, config).get("ratio", 0.5 if "tome" in config else 0.75)
-    if config == "todo-area":
+    share = options(kind, config).get("ratio", 0.75 if options(kind, config)["method"] == "todo" else 0.5)
+    if options(kind, config).get("mode") == "area":
         assert (found == 1).all()  # merged: no token has keys of its own
     else:
         gone = (found[:, :, 0] != 0).mean(axis=(2, 3))

@@ -37,6 +37,8 @@ CASES = [
     ("sd3", (0,), dict()),
     ("sd3", (0,), dict(merge_ff=True, sx=4, sy=1, ratio=0.7)),
     ("sd3-dual", (0,), dict(ratio=0.75, merge_ff=True)),
+    ("dit", (0,), dict(ratio=0.6, merge_ff=True)),
+    ("pixart", (0,), dict(merge_cross_attn=True)),
 ]
 
 
@@ -45,7 +47,8 @@ CASES = [
 def test_loop_definition(kind, levels, more, randomize):
     """One step with guidance, so that both samples of the batch have their own matching; 32 x 24 pixels."""
     pipe = PIPES[kind]().to(torch.float64)
-    size = dict(height=32, width=24 if kind.startswith("sd3") else 16, steps=1)
+    width = {"sd": 16, "sdxl": 16, "dit": 32}.get(kind, 24)
+    size = dict(height=32, width=width, steps=1)
     other = copy.deepcopy(pipe)
     plain = run(pipe, **size)
     tokred.patch(pipe, method="tome", levels=levels, randomize=randomize, seed=3, **more)
@@ -55,7 +58,7 @@ def test_loop_definition(kind, levels, more, randomize):
     parts = [name for option, name in UNET_PARTS.items() if getattr(defaults, option)]
     if kind.startswith("sd3"):
         parts = [name.replace("attn1", "attn") for name in parts if name != "attn2"]
-    h, w = size["height"] // 2, size["width"] // 2
+    h, w = size["height"] // 2, width // 2
 
     def grid_of(n):
         shrink = round((h * w / n) ** 0.5)
@@ -76,11 +79,11 @@ def test_loop_definition(kind, levels, more, randomize):
                 [block], grid_of, defaults.ratio, here, defaults.sy, defaults.sx, offset_of if randomize else None
             )
     theirs = run(other, **size)
-    assert (theirs - plain).abs().max() > 1e-3
+    assert (theirs - plain).abs().max() > 1e-4
     near(ours, theirs, 1e-9)
 
 
-@pytest.mark.parametrize("kind", PIPES)
+@pytest.mark.parametrize("kind", [kind for kind in PIPES if kind != "flux"])  # flux: see test_flux_definition.py
 def test_one_matching_for_the_level(kind):
     """reuse_every: all blocks of the level use the first one's matching, for that many steps."""
     pipe = PIPES[kind]().to(torch.float64)

@@ -265,11 +265,12 @@ def test_save_pretrained_writes_the_unpatched_model(kind, config, tmp_path):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "patched" / name).read_bytes()
     loaded = type(model).from_pretrained(tmp_path / "patched")
     name = "unet" if hasattr(pipe, "unet") else "transformer"
-    assert same(run(type(pipe)(**pipe.components | {name: loaded} | _more(pipe))), dense(kind))
+    # Loaded weights lie elsewhere in memory, which moves the last bit of a product (FLUX, also without us).
+    near(run(type(pipe)(**pipe.components | {name: loaded} | _more(pipe))), dense(kind), 1e-5)
     pipe.save_pretrained(tmp_path / "pipe")
     again = type(pipe).from_pretrained(tmp_path / "pipe", **_more(pipe))
     again.set_progress_bar_config(disable=True)
-    assert same(run(again), dense(kind))
+    near(run(again), dense(kind), 1e-5)
     assert same(run(pipe), reduced(kind, config))  # still patched
 
 
