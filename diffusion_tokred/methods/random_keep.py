@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,6 +40,9 @@ class RandomKeep(Method):
         option = "attention" if site.kind == "parallel" else site.kind
         return getattr(self.config, option, False) and site.level.index in self.config.levels
 
+    def asks(self) -> dict[str, str]:
+        return {kind: kind for kind in ("cross_attention", "feed_forward") if getattr(self.config, kind)}
+
     def needs(self, kind: str) -> frozenset[str]:
         return frozenset({"at"})
 
@@ -58,7 +60,7 @@ class RandomKeep(Method):
             assert level.key is not None  # set by the root, before each call of the denoiser
             level.memory.value = keep(level.key, h, w, self.work(call.site, (h, w), call.plan.ratio).queries)
         at, slot = level.memory.value
-        call.note(partial(_status, call.x, at))
+        call.note(lambda: call.x.new_full(call.x.shape[:2], 4, dtype=torch.uint8).index_fill(1, at, 0))  # 4: pruned
         return call.compute(call.x.index_select(1, at), at=at).map(lambda y: y.index_select(1, slot))
 
 
@@ -75,8 +77,3 @@ def keep(key: Tensor, h: int, w: int, m: int) -> tuple[Tensor, Tensor]:
     cost = (cost[:, None, :] + (x[:, None] - x) ** 2 * n).amin(2)
     cost = (cost + ((y[:, None] - y) ** 2 * n)[:, :, None]).amin(1)
     return at, (cost % n).flatten()
-
-
-def _status(x: Tensor, at: Tensor) -> Tensor:
-    """Pruned where not kept."""
-    return torch.full(x.shape[:2], 4, dtype=torch.uint8, device=x.device).index_fill(1, at, 0)

@@ -11,6 +11,7 @@ import torch
 
 import diffusion_tokred as tokred
 from diffusion_tokred.testing import tiny
+from diffusion_tokred.testing.contract import Snapshot as Snapshot
 
 
 def _flux(*args: Any, **kwargs: Any) -> Any:
@@ -97,36 +98,6 @@ def near(a: torch.Tensor, b: torch.Tensor, atol: float) -> None:
 def leaves(denoiser: torch.nn.Module) -> list[torch.nn.Module]:
     """The self-attention modules."""
     return [m for n, m in denoiser.named_modules() if n.endswith(("attn1", ".attn"))]
-
-
-class Snapshot:
-    """Everything a module tree consists of, by identity. Holds on to it, so that no id is used twice."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.modules = {name: (m, type(m), self._contents(m)) for name, m in model.named_modules()}
-
-    @staticmethod
-    def _contents(module: torch.nn.Module) -> dict[str, Any]:
-        found = {}
-        for key, value in vars(module).items():
-            if isinstance(value, dict) and key.startswith("_"):  # parameters, buffers, submodules, hooks
-                found |= {f"{key}[{name!r}]": entry for name, entry in value.items()}
-            else:
-                found[key] = value
-        return found
-
-    def differences(self, model: torch.nn.Module) -> list[str]:
-        """What is not as it was: empty if nothing changed."""
-        now = Snapshot(model).modules
-        found = [f"module {name}" for name in self.modules.keys() ^ now.keys()]
-        for name in self.modules.keys() & now.keys():
-            (old, old_type, before), (new, new_type, after) = self.modules[name], now[name]
-            if old is not new or old_type is not new_type:
-                found.append(f"{name}: {old_type} -> {new_type}")
-            found += [f"{name}.{key} gone" for key in before.keys() - after.keys()]
-            found += [f"{name}.{key} new: {after[key]!r:.80}" for key in after.keys() - before.keys()]
-            found += [f"{name}.{k} replaced" for k in before.keys() & after.keys() if before[k] is not after[k]]
-        return found
 
 
 def private_modules() -> list[str]:
