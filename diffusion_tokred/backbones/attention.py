@@ -37,11 +37,13 @@ class TappedSite(Site):
         text_first: the order of text and image in the attention's own sequence, where the two come in separately.
         table: the argument that holds rotary positions of the whole sequence, None if there are none.
         rotary: the function that applies them, where it takes one table for the whole batch.
+        masks_text: masks in the attention hide text rows only, never the image's.
     """
 
     text_first = False
     table: str | None = None
     rotary: str | None = None
+    masks_text = False
 
     def __init__(self, name: str, module: nn.Module, block: Block, level: Level) -> None:
         super().__init__(name, module, block, level)
@@ -59,6 +61,7 @@ class TappedSite(Site):
         tap = self.tap
         tap.kv, tap.watch = kv, watch
         tap.start, tap.tokens, tap.length = start, x.shape[1], text + rows.shape[1]
+        tap.masks_text = self.masks_text
         if isinstance(kv, KV) and kv.at is not None:
             tap.rows = self.rows(kv.at, start, tap.length - start - x.shape[1], x.shape[1])
         try:
@@ -98,9 +101,14 @@ class TappedSite(Site):
         first = table if isinstance(table, Tensor) else table[0]
         scratch, key = self.level.scratch, "tables"
         if key not in scratch or scratch[key][0] is not first or scratch[key][1] is not rows:
-            chosen = take(table, rows) if isinstance(table, Tensor) else tuple(take(t, rows) for t in table)
+            single = isinstance(table, Tensor)
+            chosen = self.pick(table, rows) if single else tuple(self.pick(t, rows) for t in table)
             scratch[key] = (first, rows, chosen)
         return scratch[key][2]
+
+    def pick(self, table: Tensor, rows: Tensor) -> Tensor:
+        """`rows` of one rotary table, as the processor takes it."""
+        return take(table, rows)
 
     def needs_tap(self, needs: frozenset[str]) -> bool:
         """Whether a method that needs this cannot do without the tap, with what is installed now."""

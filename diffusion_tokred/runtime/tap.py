@@ -42,6 +42,7 @@ class Tap:
         watch: called with (q, k, v), each (B, H, S, D), before any edit.
         start, tokens, length: the image's first row, its rows, and all rows of the attention's sequence.
         rows: which rows to keep, (M',) int64, if `kv` chooses; None if it averages, or keeps them all.
+        masks_text: an attention mask hides text rows only, never the image's.
         backend: the processor's own.
     """
 
@@ -54,6 +55,7 @@ class Tap:
         self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
         self.start = self.tokens = self.length = 0
         self.rows: Tensor | None = None
+        self.masks_text = False
 
     def attend(self, attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, dim: int, kwargs: Any) -> Tensor:
         """Call `attention` on edited keys and values. Tokens are on axis `dim`: (B, H, S, D) or (B, S, H, D)."""
@@ -62,13 +64,20 @@ class Tap:
         if self.watch is not None:
             self.watch(*((q, k, v) if dim == 2 else (t.transpose(1, 2) for t in (q, k, v))))
         if self.kv is not None:
-            mask = kwargs.get("attn_mask")
-            if mask is not None:
-                if self.rows is None:
-                    raise UnsupportedError("under an attention mask, keys and values can be chosen, not averaged")
-                kwargs["attn_mask"] = mask.index_select(-1, self.rows)
             k, v = self._edit(k, dim), self._edit(v, dim)
+            if kwargs.get("attn_mask") is not None:
+                kwargs["attn_mask"] = self._columns(kwargs["attn_mask"], k.shape[dim])
         return attention(q, k, v, **kwargs)
+
+    def _columns(self, mask: Tensor, length: int) -> Tensor:
+        """The mask's columns for the `length` keys that are left."""
+        if self.rows is not None:
+            return mask.index_select(-1, self.rows)
+        if not self.masks_text:
+            raise UnsupportedError("under an attention mask, keys and values can be chosen, not averaged")
+        end = self.start + self.tokens
+        image = mask[..., self.start : self.start + 1].expand(*mask.shape[:-1], length - self.length + self.tokens)
+        return torch.cat([mask[..., : self.start], image, mask[..., end:]], -1)
 
     def _edit(self, x: Tensor, dim: int) -> Tensor:
         assert self.kv is not None

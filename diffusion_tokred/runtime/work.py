@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 
@@ -41,7 +43,6 @@ def macs(*modules: nn.Module | None) -> int:
         for layer in module.modules() if module is not None else ():
             if isinstance(layer, nn.Linear):
                 total += layer.in_features * layer.out_features
-            elif isinstance(layer, nn.Conv2d):
-                kernel = layer.kernel_size[0] * layer.kernel_size[1]
-                total += layer.in_channels // layer.groups * layer.out_channels * kernel
+            elif isinstance(layer, (nn.Conv2d, nn.Conv3d)):
+                total += layer.in_channels // layer.groups * layer.out_channels * math.prod(layer.kernel_size)
     return total
