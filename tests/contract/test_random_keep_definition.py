@@ -50,13 +50,16 @@ def test_each_token_is_as_likely():
         ("sdxl", (0, 1), dict(ratio=0.3)),
         ("sd3", (0,), dict(feed_forward=True)),
         ("sd3-dual", (0,), dict(ratio=0.8)),
+        ("pixart", (0,), dict(feed_forward=True, cross_attention=True)),
+        ("dit", (0,), dict(feed_forward=True, ratio=0.25)),
     ],
     ids=str,
 )
 def test_loop_definition(kind, levels, more):
     """Three steps with guidance at 48 x 32 pixels; each step has its own subset, both halves the same."""
     pipe = PIPES[kind]().to(torch.float64)
-    size, steps = dict(height=48, width=32), 3
+    height, width = (32, 32) if kind == "dit" else (48, 32)  # DiT has one size
+    size, steps = dict(height=height, width=width), 3
     other = copy.deepcopy(pipe)
     plain = run(pipe, steps=steps, **size)
     tokred.patch(pipe, method="random-keep", levels=levels, seed=3, **more)
@@ -72,7 +75,7 @@ def test_loop_definition(kind, levels, more):
     def each_call(module, args, kwargs):
         step = next(calls)
         for level in levels:
-            h, w = 48 // shrink // 2**level, 32 // shrink // 2**level
+            h, w = height // shrink // 2**level, width // shrink // 2**level
             places, copied = expected(torch.tensor(mix(3, step, level)), h, w, h * w - int(h * w * config.ratio))
             for part in (getattr(b, n, None) for b in blocks_at(other, level) for n in names):
                 if part is not None:
@@ -82,6 +85,44 @@ def test_loop_definition(kind, levels, more):
     tiny.denoiser(other).register_forward_pre_hook(each_call, with_kwargs=True)
     theirs = run(other, steps=steps, **size)
     assert originals and (theirs - plain).abs().max() > 1e-3
+    near(ours, theirs, 1e-10)
+
+
+def test_loop_definition_flux():
+    """Rotary rows follow the kept tokens; a single block is run whole, and dropped tokens copy what it adds."""
+    pipe = PIPES["flux"]().to(torch.float64)
+    size, (h, w), text = dict(height=48, width=32), (12, 8), 7
+    other = copy.deepcopy(pipe)
+    plain = run(pipe, **size)
+    tokred.patch(pipe, method="random-keep", ratio=0.7, seed=3)
+    ours = run(pipe, **size)
+
+    calls, model, now = itertools.count(), tiny.denoiser(other), {}
+
+    def each_call(module, args, kwargs):
+        key = torch.tensor(mix(3, next(calls) // 2, 0))  # two calls a step: with and without the prompt
+        now["places"], now["copied"] = expected(key, h, w, h * w - int(h * w * 0.7))
+
+    def reduced(forward, whole):
+        def call(**kwargs):
+            x, places = kwargs["hidden_states"], now["places"]
+            rows = [*range(text), *(text + p for p in places)]
+            kwargs["image_rotary_emb"] = tuple(table[rows] for table in kwargs["image_rotary_emb"])
+            kwargs["hidden_states"] = x[:, places]
+            out = forward(**kwargs)
+            image = out[1] - x[:, places] if whole else out[0]
+            full = torch.stack([image[:, places.index(q)] for q in now["copied"]], 1)
+            return (out[0], x + full) if whole else (full, *out[1:])
+
+        return call
+
+    model.register_forward_pre_hook(each_call, with_kwargs=True)
+    for block in model.transformer_blocks:
+        block.attn.forward = reduced(block.attn.forward, whole=False)
+    for block in model.single_transformer_blocks:
+        block.forward = reduced(block.forward, whole=True)
+    theirs = run(other, **size)
+    assert (theirs - plain).abs().max() > 1e-3
     near(ours, theirs, 1e-10)
 
 
