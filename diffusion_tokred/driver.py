@@ -74,7 +74,7 @@ class Driver:
             if level in self.levels:
                 self.ledger.wrap(GridKeeper(module, level))
         for site in self.sites:
-            self.ledger.wrap(Leaf(site, self.method.apply))
+            self.act(site)
         if self.method.watches_input:  # outermost, for the sites that are whole blocks
             for block in {id(site.block): site.block for site in self.sites}.values():
                 self.ledger.wrap(BlockKeeper(block))
@@ -86,6 +86,10 @@ class Driver:
             self._context: Any = self.denoiser.cache_context
             self.ledger.shadow(self.denoiser, "cache_context", self.cache_context)
         self.ledger.shadow(self.denoiser, "_tokred", self)
+
+    def act(self, site: Site) -> None:
+        """Make the method act at a site."""
+        self.ledger.wrap(Leaf(site, self.method.apply))
 
     def remove(self) -> list[str]:
         """Undo it. Returns what had to stay, inert, because another tool lies over it."""
@@ -131,7 +135,8 @@ class Driver:
         for site in self.sites:
             if site.leader and site.plan.refresh:
                 memory = site.level.memory
-                memory.value, memory.index, memory.text = None, info.index, site.plan.text
+                memory.value, memory.index, memory.text, memory.scratch = None, info.index, site.plan.text, {}
+                self.method.prepare(site)
         if self.record == "time":
             _synchronize(sample)
             self._started = time.perf_counter()
@@ -158,10 +163,14 @@ class Driver:
                 maps = {index: status[row].reshape(self._grid(index)).cpu() for index, status in seen.items()}
                 self._maps.append((self.info.index, name, maps))
 
+    def finish(self, whole: bool = True) -> None:
+        """The run, if one is on, is over, or was broken off: the next call begins another."""
+        if self.tracker.finish():
+            self._close(finished=whole)
+
     def end_run(self, *args: Any, **kwargs: Any) -> None:
         """In the place of `_reset_stateful_cache`: the pipeline says that the run is over."""
-        if self.tracker.finish():
-            self._close(finished=True)
+        self.finish()
         if self._end_run is not None:
             self._end_run(*args, **kwargs)
 
@@ -201,7 +210,7 @@ class Driver:
         self._memories.clear()
         self._maps.clear()
         for level in self.levels:
-            level.memory, level.scratch, level.status, level.key = Memory(), {}, None, None
+            level.memory, level.scratch, level.prepared, level.status, level.key = Memory(), {}, None, None, None
 
     def _grid(self, index: int) -> tuple[int, int]:
         return next(level.grid for level in self.levels if level.index == index and level.grid is not None)

@@ -51,6 +51,15 @@ class TappedSite(Site):
         self._own: Any = None
         self._tapped: Any = None
 
+    @property
+    def tapping(self) -> Any:
+        """The tap and the tapped processor, for a later site at this module to go on with: nothing is compiled anew."""
+        return self.tap, self._own, self._tapped
+
+    @tapping.setter
+    def tapping(self, value: Any) -> None:
+        self.tap, self._own, self._tapped = value
+
     def attend(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any, text: int = 0) -> Any:
         """Call the module on `x`, through the tap where one is needed; `text`: rows that come in beside the image's."""
         rows = self.fill(call, x)
@@ -84,7 +93,9 @@ class TappedSite(Site):
         """
         if not start and not tail:
             return at
-        scratch, key = self.level.scratch, f"rows {start} {tail}"
+        # Kept as long as the plan; but a graph that keeps something is another one the next time, so not inside one.
+        scratch = self.level.scratch if torch.compiler.is_compiling() else self.level.memory.scratch
+        key = f"rows {start} {tail}"
         if key not in scratch or scratch[key][0] is not at:
 
             def count(first: int, last: int) -> Tensor:
@@ -115,22 +126,22 @@ class TappedSite(Site):
         return bool(needs & {"kv", "kv_select", "cache", "watch"}) or ("at" in needs and self.rotary is not None)
 
     def refusal(self, needs: frozenset[str]) -> str | None:
-        return why_not(self.module.processor, self.rotary) if self.needs_tap(needs) else None
+        return why_not(self.holder.processor, self.rotary) if self.needs_tap(needs) else None
 
     def enter(self, needs: frozenset[str]) -> None:
         self.leave()  # after a KeyboardInterrupt, which passes no hook, it is still in place
         if not self.needs_tap(needs):
             return
-        if self._own is not self.module.processor:
-            self._own = self.module.processor
+        if self._own is not self.holder.processor:
+            self._own = self.holder.processor
             self._tapped = tapped(self._own, self.tap, self.rotary)
         else:
             follow(self._tapped, self._own, self.tap)
-        self.module.processor = self._tapped
+        self.holder.processor = self._tapped
 
     def leave(self) -> None:
-        if self._tapped is not None and self.module.processor is self._tapped:
-            self.module.processor = self._own
+        if self._tapped is not None and self.holder.processor is self._tapped:
+            self.holder.processor = self._own
 
 
 class JointAttention(TappedSite):

@@ -43,7 +43,12 @@ class UNet(Backbone):
         return [sizes[top + level.index] for level in self.layout(denoiser).levels]
 
     def observe(self, layout: Layout, denoiser: Any, inputs: Mapping[str, Any]) -> None:
-        """Nothing: the grids are seen at the transformers' input images, whatever the size."""
+        """By the arithmetic of the downsampling layers; seen, each time, at the transformers' input images."""
+        size = self.size(layout, inputs)
+        if layout.notes.get("size") != size:
+            layout.notes = {"size": size, "grids": self.grids(denoiser, *size)}
+        for level, grid in zip(layout.levels, layout.notes["grids"], strict=True):
+            level.grid = grid
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         sizes = [h * w for h, w in _sizes(denoiser, height, width)]

@@ -179,6 +179,14 @@ class Method:
             blocks.add(site.block.index)
         return result
 
+    def prepare(self, site: Site) -> None:
+        """Make what the level's plan needs and no token decides, such as positions, and put it into
+        `site.level.prepared` or `site.level.memory.value`.
+
+        Called eagerly at the root, for the level's leader, when its plan is made anew: before each step, or each
+        `every` steps. `site.level.grid` and `.key` are known then, and `site.plan`.
+        """
+
     def apply(self, call: Call) -> Out:
         """Act at a site. Called inside the model, maybe under `torch.compile`: static shapes, no generator, no branch
         on data."""

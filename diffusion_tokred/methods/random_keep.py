@@ -33,7 +33,6 @@ class RandomKeepConfig(MethodConfig):
 class RandomKeep(Method):
     paper = "none: a baseline"
     kinds = ("attention", "cross_attention", "feed_forward", "parallel")
-    shares_passes = True  # what is kept does not depend on the tokens
     config: RandomKeepConfig
 
     def wants(self, site: Site) -> bool:
@@ -54,12 +53,13 @@ class RandomKeep(Method):
         n = grid[0] * grid[1]
         return Work(n - int(n * ratio))
 
+    def prepare(self, site: Site) -> None:
+        level, grid = site.level, site.level.grid
+        assert grid is not None and level.key is not None  # set by the root, before each call of the denoiser
+        level.prepared = keep(level.key, *grid, self.work(site, grid, site.plan.ratio).queries)
+
     def apply(self, call: Call) -> Out:
-        level, (h, w) = call.level, call.grid
-        if level.memory.value is None:  # it is emptied before each step, and filled by the level's first site
-            assert level.key is not None  # set by the root, before each call of the denoiser
-            level.memory.value = keep(level.key, h, w, self.work(call.site, (h, w), call.plan.ratio).queries)
-        at, slot = level.memory.value
+        (at, slot), _ = call.level.prepared, call.grid  # the grid: an error if the tokens are not all there
         call.note(lambda: call.x.new_full(call.x.shape[:2], 4, dtype=torch.uint8).index_fill(1, at, 0))  # 4: pruned
         return call.compute(call.x.index_select(1, at), at=at).map(lambda y: y.index_select(1, slot))
 

@@ -57,15 +57,17 @@ class ToDo(Method):
         kept = self.work(site, grid, ratio).keys
         return 8 * kept if site.leader and self.config.mode in MODES[:2] else 0
 
+    def prepare(self, site: Site) -> None:
+        level, mode, factor = site.level, self.config.mode, _factor(site.plan.ratio)
+        assert level.grid is not None and level.key is not None  # set by the root
+        h, w = level.grid
+        at = positions(h, w, factor, mode, level.key.device) if mode in MODES[:2] else None
+        level.memory.value = KV(partial(downsample, h=h, w=w, factor=factor, mode=mode), at)
+
     def apply(self, call: Call) -> Out:
-        (h, w), mode, memory = call.grid, self.config.mode, call.level.memory
-        # Some calls leave out blocks (SD3's skip-layer guidance), the leader perhaps: then the first that is there.
-        if call.plan.refresh and (call.site.leader or memory.value is None):
-            factor = _factor(call.plan.ratio)
-            at = positions(h, w, factor, mode, call.x.device) if mode in MODES[:2] else None
-            memory.value = KV(partial(downsample, h=h, w=w, factor=factor, mode=mode), at)
-        call.note(partial(_status, call.x, memory.value.at))
-        return call.compute(kv=memory.value)
+        kv, _ = call.level.memory.value, call.grid
+        call.note(partial(_status, call.x, kv.at))
+        return call.compute(kv=kv)
 
 
 def _factor(ratio: float) -> int:

@@ -128,15 +128,20 @@ class ToMe(Method):
             call.level.memory.value = self._match(call)
         return call.level.memory.value
 
-    def _match(self, call: Call) -> Merge:
-        c, level = self.config, call.level
-        h, w = call.grid
-        x, key = call.block.input, level.key
-        assert x is not None and key is not None  # kept by the block and the root, since `watches_input`
+    def prepare(self, site: Site) -> None:
+        c, key = self.config, site.level.key
+        assert site.level.grid is not None and key is not None  # set by the root
+        h, w = site.level.grid
         offset = draw(key, (h // c.sy) * (w // c.sx), c.sy * c.sx) if c.randomize else None
-        dst = destinations(h, w, c.sy, c.sx, offset, device=x.device)
+        dst = destinations(h, w, c.sy, c.sx, offset, device=key.device)
+        site.level.prepared = dst, split(dst, h * w)
+
+    def _match(self, call: Call) -> Merge:
+        (h, w), x = call.grid, call.block.input
+        assert x is not None  # kept by the block, since `watches_input`
+        dst, src = call.level.prepared
         r = int(h * w * call.plan.ratio)
-        return match(x, dst, split(dst, h * w), r, halves=level.halves if c.share_cfg else 1)
+        return match(x, dst, src, r, halves=call.level.halves if self.config.share_cfg else 1)
 
 
 def _check(ratio: float, config: ToMeConfig) -> None:

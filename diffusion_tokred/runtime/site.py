@@ -58,6 +58,7 @@ class Level:
         grid: (h, w) tokens, known once the level has been reached. A video's frames lie one below another.
         start: rows before the image where text and image are one sequence.
         halves: how many parts of the batch belong to the same images ([uncond; cond] = 2), 1 when unknown.
+        prepared: what the method made at the root for the level's plan, see `Method.prepare`.
         key: 0-d int64 tensor on the tokens' device, new at each step; see `tokens.draw`.
         memory: this pass's `Memory`, kept over the steps of a run.
         scratch: what sites derive from a plan, such as rows of a rotary table; emptied before each denoiser call.
@@ -71,6 +72,7 @@ class Level:
         self.halves = 1
         self.key: Tensor | None = None
         self.memory = Memory()
+        self.prepared: Any = None
         self.scratch: dict[str, Any] = {}
         self.recording = False
         self.status: Tensor | None = None
@@ -86,12 +88,13 @@ class Level:
 
 class Memory:
     """A slot that a method keeps something in, from step to step of one run and one pass. `index` and `text` say at
-    which step, and at which ratio, it was made."""
+    which step, and at which ratio, it was made; `scratch` is what sites derive from it."""
 
     def __init__(self) -> None:
         self.value: Any = None
         self.index = 0
         self.text = ""
+        self.scratch: dict[str, Any] = {}
 
 
 class Block:
@@ -161,13 +164,18 @@ class Out:
     """What a module returned: image tokens `x` (B, N, C), and the rest as it was.
 
     `rest`: other results (the text stream, for one); `head` and `tail`: rows before and after the image in its
-    sequence.
+    sequence; `whole`: that sequence, as long as the image is unchanged.
     """
 
     def __init__(
-        self, x: Tensor, rest: tuple[Any, ...] = (), head: Tensor | None = None, tail: Tensor | None = None
+        self,
+        x: Tensor,
+        rest: tuple[Any, ...] = (),
+        head: Tensor | None = None,
+        tail: Tensor | None = None,
+        whole: Tensor | None = None,
     ) -> None:
-        self.x, self.rest, self.head, self.tail = x, rest, head, tail
+        self.x, self.rest, self.head, self.tail, self.whole = x, rest, head, tail, whole
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Out:
         """Change the image tokens, leave the rest."""
@@ -175,6 +183,8 @@ class Out:
 
     def rows(self) -> Tensor:
         """The whole sequence, (B, S, C)."""
+        if self.whole is not None:
+            return self.whole
         parts = [part for part in (self.head, self.x, self.tail) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -201,10 +211,12 @@ class Site:
     offers: frozenset[str] = frozenset()
     lacks: Mapping[str, str] = MappingProxyType({})
     inner: tuple[Site, ...] = ()
+    tapping: Any = None  # see `TappedSite`
 
     def __init__(self, name: str, module: nn.Module, block: Block, level: Level) -> None:
         self.name, self.block, self.level = name, block, level
         self.module: Any = module  # diffusers' modules are not typed
+        self.holder: Any = module  # what has the `processor` that does the work, at an attention
         self.plan = Plan()
         self.leader = False
 
@@ -224,8 +236,8 @@ class Site:
     def fill(self, call: Call, x: Tensor) -> Tensor:
         """The sequence handed in, with `x` in the place of its image tokens."""
         rows, start, n = call.rows, self.start, call.x.shape[1]
-        if rows.shape[1] == n:
-            return x
+        if rows.shape[1] == n or x is call.x:
+            return x if rows.shape[1] == n else rows
         parts = [rows[:, :start]] if start else []
         return (
             torch.cat([*parts, x, rows[:, start + n :]], 1) if rows.shape[1] > start + n else torch.cat([*parts, x], 1)
@@ -237,7 +249,7 @@ class Site:
             return Out(rows, rest)
         start = self.start
         tail = rows[:, start + m :] if rows.shape[1] > start + m else None
-        return Out(rows[:, start : start + m], rest, rows[:, :start] if start else None, tail)
+        return Out(rows[:, start : start + m], rest, rows[:, :start] if start else None, tail, rows)
 
     def write(self, call: Call, out: Out) -> Any:
         """What the module's caller expects."""

@@ -20,7 +20,7 @@ def wrapper(pipe):
 
 
 def blocks(pipe):
-    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    tiny.denoiser(pipe).compile_repeated_blocks(fullgraph=True, backend="eager")
 
 
 HOW = dict(whole=whole, wrapper=wrapper, blocks=blocks)
@@ -29,6 +29,9 @@ CASES = [
     ("sd3", "tome", "whole", "patch first"),
     ("sd3", "todo", "whole", "compile first"),
     ("sd", "tome-all", "blocks", "compile first"),
+    ("flux", "tome", "whole", "patch first"),
+    ("flux", "todo", "blocks", "compile first"),
+    ("pixart", "tome-reuse", "whole", "compile first"),
     pytest.param("sd3-dual", "tome-reuse", "wrapper", "patch first", marks=SLOW),
     pytest.param("sd3-dual", "todo-area", "wrapper", "compile first", marks=SLOW),
     pytest.param("sd3", "todo", "whole", "patch first", marks=SLOW),
@@ -39,6 +42,12 @@ CASES = [
     pytest.param("sd", "todo-area", "blocks", "patch first", marks=SLOW),
     pytest.param("sdxl", "tome-reuse", "blocks", "patch first", marks=SLOW),
     pytest.param("sdxl", "tome-all", "whole", "patch first", marks=SLOW),
+    pytest.param("flux", "tome-reuse", "wrapper", "compile first", marks=SLOW),
+    pytest.param("flux", "todo", "whole", "patch first", marks=SLOW),
+    pytest.param("flux", "tome-all", "blocks", "patch first", marks=SLOW),
+    pytest.param("pixart", "todo-area", "whole", "patch first", marks=SLOW),
+    pytest.param("dit", "tome-all", "wrapper", "patch first", marks=SLOW),
+    pytest.param("dit", "todo", "whole", "compile first", marks=SLOW),
 ]
 
 
@@ -92,8 +101,22 @@ def test_unpatched_and_compiled_is_untouched(dynamo):
     assert same(run(pipe), compiled)
 
 
+@pytest.mark.parametrize("config", ["todo", pytest.param("tome-all", marks=SLOW)])
+def test_one_graph_for_all_blocks(config, dynamo):
+    """`compile_repeated_blocks` on a deep model: graphs are counted by kinds of block, not by blocks."""
+    torch.manual_seed(0)
+    pipe = tiny.flux()
+    deep = type(pipe.transformer)(**pipe.transformer.config | dict(num_layers=12, num_single_layers=12)).eval()
+    pipe.transformer = deep
+    patch(pipe, "flux", config)
+    want = run(pipe, steps=2)
+    deep.compile_repeated_blocks(fullgraph=True, backend="eager")
+    near(run(pipe, steps=2), want, 1e-5)
+    assert graphs(dynamo) <= 6  # double and single blocks; the first of each run makes what the others share
+
+
 @SLOW
-@pytest.mark.parametrize("kind, config", [("sd", "tome-all"), ("sd3", "todo")])
+@pytest.mark.parametrize("kind, config", [("sd", "tome-all"), ("sd3", "todo"), ("flux", "tome"), ("pixart", "todo")])
 def test_inductor(kind, config, dynamo):
     pipe = patch(PIPES[kind](), kind, config)
     tiny.denoiser(pipe).compile(fullgraph=True)
