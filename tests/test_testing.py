@@ -282,6 +282,8 @@ def test_what_fits_nowhere_is_not_a_pass():
         testing.check_method(tokred.ToMeConfig(levels=(9,)), pipes=["sd", "sd3"])
     with pytest.raises(tokred.UnsupportedError, match="on SD3Transformer2DModel: "):
         testing.check_backbone(tiny.sd3, tiny.run, [tokred.ToMeConfig(levels=(1,))])
+    with pytest.raises(tokred.UnsupportedError, match="AutoencoderKL is not supported"):
+        testing.check_backbone(lambda: tiny.sd3().vae, tiny.run)
 
 
 def test_what_does_not_apply_is_no_finding():

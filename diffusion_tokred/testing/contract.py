@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..backbones import backbone_of
 from ..errors import ConfigError, UnsupportedError
 from ..methods import METHODS, MethodConfig, make_config
 from ..patching import patch
-from . import tiny
+from . import families, tiny
 from .cases import Broken, Case, Finding, Snapshot, describe, model_of
 from .checks import CHECKS, SLOW
 from .sites import SITE_CHECKS
@@ -34,8 +35,9 @@ def check_method(
 
     Args:
         config: a config, or the name of a registered method, for its defaults.
-        pipes: names in `testing.tiny.BUILDERS`, or name -> function that makes a pipeline which `testing.tiny.run` can
-            run. Default: all tiny pipelines. Those that the method cannot work on are left out.
+        pipes: names of tiny pipelines (`BUILDERS` of `testing.tiny` and of `testing.families`), or name -> function
+            that makes a pipeline which `testing.tiny.run` can run. Default: all tiny pipelines. Those that the method
+            cannot work on are left out.
         checks: names in `CHECKS`. Default: all but those in `SLOW`.
 
     Returns:
@@ -48,10 +50,9 @@ def check_method(
     if isinstance(config, str):
         config = make_config(config)
     names = _names(checks, CHECKS)
-    if pipes is None:
-        pipes = tiny.BUILDERS
-    elif not isinstance(pipes, Mapping):
-        pipes = {name: tiny.BUILDERS[name] for name in _known(pipes, tiny.BUILDERS, "pipeline")}
+    if not isinstance(pipes, Mapping):
+        known = tiny.BUILDERS | families.BUILDERS
+        pipes = {name: known[name] for name in _known(known if pipes is None else pipes, known, "pipeline")}
     found: list[Finding] = []
     reasons = []
     for name, build in pipes.items():
@@ -86,7 +87,9 @@ def check_backbone(
         UnsupportedError: no backbone knows the denoiser, or a method named in `configs` cannot work on it.
     """
     names = _names(checks, SITE_CHECKS | CHECKS)
-    label, size = type(model_of(build())).__name__, dict(_OTHER if other is None else other)
+    model, size = model_of(build()), dict(_OTHER if other is None else other)
+    label = type(model).__name__
+    backbone_of(model)  # or raise
     if configs is None:
         configs = [config for name in METHODS if not _refusal(build, config := make_config(name))]
     else:
