@@ -21,7 +21,11 @@ SIZE = dict(height=48, width=32)  # 12 x 8 tokens
 
 
 def test_contract():
-    testing.assert_contract(testing.check_backbone(families.flux2, tiny.run))
+    testing.assert_contract(
+        testing.check_backbone(families.flux2, tiny.run, [tokred.ToMeConfig(), tokred.ToDoConfig()])
+    )
+    some = ("neutral", "machinery", "batch", "repeat")
+    testing.assert_contract(testing.check_backbone(families.flux2, tiny.run, [tokred.RandomKeepConfig()], some))
 
 
 def test_contract_klein():

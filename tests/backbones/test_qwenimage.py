@@ -20,7 +20,11 @@ SIZE = dict(height=48, width=32)  # 12 x 8 tokens
 
 def test_contract():
     """CFG in two passes; the conditional prompt is masked."""
-    testing.assert_contract(testing.check_backbone(families.qwenimage, tiny.run))
+    testing.assert_contract(
+        testing.check_backbone(families.qwenimage, tiny.run, [tokred.ToMeConfig(), tokred.ToDoConfig()])
+    )
+    some = ("neutral", "machinery", "batch", "repeat")
+    testing.assert_contract(testing.check_backbone(families.qwenimage, tiny.run, [tokred.RandomKeepConfig()], some))
 
 
 # --- by definition ---------------------------------------------------------------------------------------------------
@@ -94,13 +98,12 @@ def test_flops(options):
 
 
 def test_compiled(dynamo):
-    pipe = tokred.patch(families.qwenimage(), method="tome", merge_ff=True)
+    pipe = families.qwenimage()
+    pipe.transformer = tokred.patch(model(num_layers=2), method="tome")
     want = tiny.run(pipe, steps=2, batch=2)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
     near(tiny.run(pipe, steps=2, batch=2), want, 1e-5)
-    first = dynamo["stats"]["unique_graphs"]
-    tiny.run(pipe, steps=2, batch=2)
-    assert dynamo["stats"]["unique_graphs"] == first <= 2
+    assert dynamo["stats"]["unique_graphs"] == 2  # with a mask, and without: the pipeline drops one that hides nothing
 
 
 def test_compiled_blocks(dynamo):

@@ -14,13 +14,14 @@ from diffusion_tokred.testing import families, tiny
 from tests.contract.helpers import near, same
 from tests.reference import rotary_model
 
-SIZE = dict(height=48, width=32)  # 3 frames of 12 x 8 tokens
 SMALL = dict(height=16, width=32)  # 3 frames of 4 x 8
 
 
 def test_contract():
     """CFG in two passes."""
-    testing.assert_contract(testing.check_backbone(families.wan, tiny.run))
+    testing.assert_contract(testing.check_backbone(families.wan, tiny.run, [tokred.ToMeConfig(), tokred.ToDoConfig()]))
+    some = ("neutral", "machinery", "batch", "repeat")
+    testing.assert_contract(testing.check_backbone(families.wan, tiny.run, [tokred.RandomKeepConfig()], some))
 
 
 # --- by definition ---------------------------------------------------------------------------------------------------
@@ -144,7 +145,8 @@ def test_fused_projections():
 
 
 def test_compiled(dynamo):
-    pipe = tokred.patch(families.wan(), method="tome")
+    pipe = families.wan()
+    pipe.transformer = tokred.patch(model(num_layers=2), method="tome")
     want = tiny.run(pipe, steps=2, batch=2, **SMALL)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager", fullgraph=True)
     near(tiny.run(pipe, steps=2, batch=2, **SMALL), want, 1e-5)
