@@ -111,3 +111,9 @@ def default_of(pipe: Any, argument: str) -> Any:
     """Default of an argument of a pipeline's call; None if it has no such argument."""
     known = {} if isinstance(pipe, nn.Module) else inspect.signature(type(pipe).__call__).parameters
     return known[argument].default if argument in known else None
+
+
+def attention_core(attention: Any, rows: int) -> nn.Module:
+    """For `Backbone.rest`: a layer that costs what each query of an attention with `rows` keys does, without the
+    projections. It has no weights, and does not run."""
+    return nn.Linear(2 * attention.inner_dim, rows, bias=False, device="meta")
