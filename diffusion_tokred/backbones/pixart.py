@@ -28,6 +28,8 @@ class PixArt(Backbone):
         ((h, w),) = self.grids(denoiser, height, width)
         yield denoiser.pos_embed.proj, h * w
         yield denoiser.adaln_single, 1
+        if (sides := getattr(denoiser.adaln_single.emb, "resolution_embedder", None)) is not None:
+            yield sides, 1  # height and width are embedded each by itself
         if denoiser.caption_projection is not None:
             yield denoiser.caption_projection, text
         yield denoiser.proj_out, h * w

@@ -5,11 +5,18 @@ Models of real widths run on fake tensors, where sizes cost nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,6 +41,10 @@ MODELS = {
     "sdxl": tiny.sdxl,
     "sd3": tiny.sd3,
     "sd3-dual": lambda: tiny.sd3(dual=(0, 1), qk_norm="rms_norm"),
+    "dit": tiny.dit,
+    "pixart": tiny.pixart,
+    "flux": tiny.flux,
+    "flux-guided": lambda: tiny.flux(guidance_embeds=True),
 }
 SD15 = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 SDXL = dict(
@@ -52,6 +63,24 @@ SD3 = dict(
 def forward(model: nn.Module, height: int, width: int, batch: int, text: int = 7) -> None:
     """One call of a denoiser."""
     c = model.config
+    sample, time = torch.zeros(batch, c.in_channels, height, width), torch.full((batch,), 5)
+    if isinstance(model, DiTTransformer2DModel):
+        model(sample, time, torch.zeros(batch, dtype=torch.int64))
+        return
+    if isinstance(model, PixArtTransformer2DModel):
+        added = {"resolution": None, "aspect_ratio": None}
+        if c.use_additional_conditions or (c.use_additional_conditions is None and c.sample_size == 128):
+            added = dict(resolution=torch.ones(batch, 2), aspect_ratio=torch.ones(batch, 1))
+        model(sample, torch.zeros(batch, text, c.caption_channels), time, added)
+        return
+    if isinstance(model, FluxTransformer2DModel):
+        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(height / 2), torch.arange(width / 2))
+        model(
+            torch.zeros(batch, len(ids), c.in_channels), torch.zeros(batch, text, c.joint_attention_dim),
+            torch.zeros(batch, c.pooled_projection_dim), torch.ones(batch), ids, torch.zeros(text, 3),
+            guidance=torch.ones(batch) if c.guidance_embeds else None,
+        )  # fmt: skip
+        return
     kw: dict[str, Any] = dict(
         encoder_hidden_states=torch.zeros(batch, text, c.get("cross_attention_dim") or c.joint_attention_dim),
         timestep=torch.full((batch,), 5),
@@ -74,10 +103,17 @@ def counted(model: nn.Module, *size: int) -> dict[str, int]:
     return {"": counter.get_total_flops()} | {key.removeprefix(f"{name}."): n for key, n in counts.items()}
 
 
-def patched(model: nn.Module, config: str) -> nn.Module:
-    if CONFIGS[config] is None:
+def patched(model: nn.Module, name: str) -> nn.Module:
+    config: Any = CONFIGS[name]
+    if config is None:
         return tokred.patch(model, method="todo", policy=0.0)
-    return tokred.patch(model, CONFIGS[config])
+    if not isinstance(model, UNet2DConditionModel):  # one level; cross-attention in PixArt only; rotary keys in FLUX
+        config = dataclasses.replace(config, levels=(0,))
+        if name == "tome-all" and not isinstance(model, PixArtTransformer2DModel):
+            config = dataclasses.replace(config, merge_cross_attn=False)
+        if name == "todo-area" and isinstance(model, FluxTransformer2DModel):
+            config = tokred.ToMeConfig(merge_parallel=False)
+    return tokred.patch(model, config)
 
 
 def ours(model: nn.Module) -> int:
@@ -88,10 +124,10 @@ def ours(model: nn.Module) -> int:
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_call(name: str, config: str) -> None:
-    height, width = (18, 26) if "sd3" in name else (17, 23)
+    height, width = {"dit": (16, 16)}.get(name, (17, 23) if name in ("sd", "sdxl") else (18, 26))
     model = patched(tiny.denoiser(MODELS[name]()), config)
     with torch.no_grad():
-        forward(model, 16, 16, 1)  # a run at another size before
+        forward(model, 16, 16, 1)  # another run before, at another size mostly
     model._tokred.end_run()
     assert counted(model, height, width, 2)[""] == ours(model)
 
@@ -99,6 +135,8 @@ def test_a_call(name: str, config: str) -> None:
 @pytest.mark.parametrize("size", [(16, 16, 1), (32, 16, 1), (16, 24, 2)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_kinds_of_sites(name: str, size: tuple[int, int, int]) -> None:
+    if name == "dit" and size[0] != size[1]:
+        pytest.skip("square pictures only")
     model = tiny.denoiser(MODELS[name]())
     found = counted(model, *size)
     backbone = backbone_of(model)
@@ -107,7 +145,9 @@ def test_kinds_of_sites(name: str, size: tuple[int, int, int]) -> None:
     parts = Flops(backbone, model, layout.sites).parts(*size, 7, grids)
     expected = {kind: 0 for kind in parts}
     for site in layout.sites:
-        expected[site.kind] += found[site.name]
+        expected[site.kind] += found[site.name] - sum(found[inner.name] for inner in site.inner)
+        if site.kind == "parallel":  # the block's modulation is not the site's
+            expected[site.kind] -= found[f"{site.name}.norm"]
     expected["rest"] = found[""] - sum(expected.values())
     assert parts == expected
 
@@ -119,8 +159,10 @@ def test_kinds_of_sites(name: str, size: tuple[int, int, int]) -> None:
         (UNet2DConditionModel, SD15, (64, 96, 2)),
         (UNet2DConditionModel, SDXL, (128, 120, 1)),
         (SD3Transformer2DModel, SD3, (128, 128, 1)),
-    ],
-    ids=["sd15", "sdxl", "sd3"],
+        (PixArtTransformer2DModel, dict(sample_size=128, num_layers=2, caption_channels=4096), (128, 96, 2)),
+        (DiTTransformer2DModel, dict(num_layers=2), (32, 32, 2)),
+    ],  # FLUX's grid is read from its positions, which fake tensors do not have
+    ids=["sd15", "sdxl", "sd3", "pixart", "dit"],
 )
 def test_real_shapes(model: type[nn.Module], settings: dict[str, Any], size: tuple[int, int, int], config: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -151,12 +193,13 @@ def test_changed_projections(name: str, fused: str) -> None:
     assert counted(model, 16, 16, 2)[""] == ours(model)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "pixart", "flux-guided"])
 @pytest.mark.parametrize("config", ["tome-reuse", "todo"])
 def test_report_of_a_run(name: str, config: str) -> None:
-    pipe = tokred.patch(MODELS[name](), CONFIGS[config])
+    pipe = MODELS[name]()
+    patched(tiny.denoiser(pipe), config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tiny.run(pipe, steps=3)
+        tiny.run(pipe, steps=3, **({"true_cfg_scale": 1.0} if "flux" in name else {}))
     report = tokred.report(pipe)
     assert len(report.steps) == 3
     assert report.flops == counter.get_total_flops()
