@@ -244,12 +244,13 @@ def explain(
 @app.command()
 def methods(
     options: Annotated[bool, typer.Option("--options", help="Also list the options of each method.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table instead.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="Also list where each works, and why not elsewhere.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's tables instead.")] = False,
 ) -> None:
     """List the methods, the papers they come from, and the models they work on."""
     _quiet_libraries()
     from .evaluation.options import load_plugins
-    from .evaluation.tables import method_rows, methods_markdown
+    from .evaluation.tables import method_rows, methods_markdown, site_rows
 
     load_plugins()
     if markdown:
@@ -257,6 +258,8 @@ def methods(
         return
     console = _console()
     _print_table(console, ("method", "paper", "acts on", "backbones"), method_rows())
+    if sites:
+        _print_table(console, ("method", "at", "works on", "not on, and why"), site_rows())
     if options:
         _print_options(console, "Options")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from ..backbones import BACKBONES
+from ..coverage import Cell, coverage
 from ..patching import methods
 from .compare import Comparison
 from .options import default, flag, limits
@@ -25,18 +26,60 @@ def option_rows(method: str | None = None) -> list[tuple[str, str, str, str, str
     ]
 
 
+def site_rows() -> list[tuple[str, str, str, str]]:
+    """(method, acts on, works on, not on and why) of each method and kind of site."""
+    rows = []
+    for (method, kind), cells in _by_site().items():
+        good = [cell.backbone for cell in cells if cell.works]
+        refused: dict[str, list[str]] = {}  # why -> families
+        for cell in cells:
+            for note in [] if cell.absent else _notes(cell):
+                refused.setdefault(note, []).append(cell.backbone)
+        notes = "\n".join(f"{', '.join(names)}: {note}" for note, names in refused.items())
+        rows.append((method, _words((kind,)), ", ".join(good), notes))
+    return rows
+
+
 def methods_markdown() -> str:
-    """The README's table: methods by backbones."""
+    """The README's tables: the methods, and what works at which site of which family."""
     names = list(BACKBONES)
-    lines = [
-        "| Method | Acts on | " + " | ".join(f"`{name}`" for name in names) + " | Paper |",
-        "|---|---|" + "---|" * (len(names) + 1),
-    ]
-    for m in methods():
-        cells = ("yes" if name in m.backbones else "-" for name in names)
-        lines.append(f"| `{m.name}` | {_words(m.sites)} | {' | '.join(cells)} | {m.paper} |")
-    models = "; ".join(f"`{name}`: {', '.join(BACKBONES[name].models)}" for name in names)
-    return "\n".join((*lines, "", f"Backbones are families of denoisers. {models}.")) + "\n"
+    lines = ["| Method | Paper |", "|---|---|", *(f"| `{m.name}` | {m.paper} |" for m in methods()), ""]
+    lines += ["| Method, at | " + " | ".join(f"`{name}`" for name in names) + " |", "|---|" + "---|" * len(names)]
+    notes: list[str] = []
+    for (method, kind), cells in _by_site().items():
+        words = " | ".join(_word(cell, notes) for cell in cells)
+        lines.append(f"| `{method}`, {_words((kind,))} | {words} |")
+    lines += ["", "A dot: the family has no such site.", ""]
+    lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    lines += ["", "Families, and the denoisers that they know:", ""]
+    lines += [f"* `{name}`: {', '.join(BACKBONES[name].models)}" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def _by_site() -> dict[tuple[str, str], list[Cell]]:
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in coverage():
+        found.setdefault((cell.method, cell.kind), []).append(cell)
+    return found
+
+
+def _word(cell: Cell, notes: list[str]) -> str:
+    """A cell of the table; what is to be said about it goes to `notes`, once."""
+    if cell.absent:
+        return "·"
+    said = _notes(cell)
+    notes += [note for note in said if note not in notes]
+    marks = ",".join(str(notes.index(note) + 1) for note in said)
+    return ("yes" if cell.works else "no") + (f"<sup>{marks}</sup>" if marks else "")
+
+
+def _notes(cell: Cell) -> list[str]:
+    """Why not; or, where it works, which options do not."""
+    options: dict[str, list[str]] = {}
+    for option, why in cell.limits:
+        options.setdefault(why, []).append(option)
+    refused = [f"not with {', '.join(names)}: {why}" for why, names in options.items()]
+    return [cell.reason, *refused] if cell.reason else refused
 
 
 def comparison_rows(found: Comparison) -> list[tuple[str, str, str]]:

@@ -239,7 +239,11 @@ def test_methods() -> None:
     assert "2303.17604" in text and "--merge-cross-attn" in text and "number in [0, " in text
     lines = tokred("methods", "--markdown").stdout.splitlines()
     assert lines[0].startswith("| Method |") and any(line.startswith("| `tome` |") for line in lines)
-    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+    tables = "\n".join(lines).split("\n\n")
+    for table in tables:  # each has rows of one width
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
+    assert sum(table.startswith("|") for table in tables) == 2
+    assert "convolves" in " ".join(tokred("methods", "--sites").stdout.split())
 
 
 def test_doctor() -> None:
