@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from .explaining import Explanation, explain
     from .methods import MethodConfig, RandomKeepConfig, ToDoConfig, ToMeConfig, register_method
     from .patching import methods, patch, patched, report, unpatch
+    from .processors import ToDoAttnProcessor, ToMeAttnProcessor
     from .runtime.stats import Report, StepRecord
     from .schedule.policy import Policy
+    from .stepping import steps
 
 from .version import __version__ as __version__
 
@@ -29,7 +31,9 @@ __all__ = [
     "Report",
     "StateError",
     "StepRecord",
+    "ToDoAttnProcessor",
     "ToDoConfig",
+    "ToMeAttnProcessor",
     "ToMeConfig",
     "UnsupportedError",
     "explain",
@@ -39,6 +43,7 @@ __all__ = [
     "register_backbone",
     "register_method",
     "report",
+    "steps",
     "unpatch",
     "zoo",
 ]
@@ -50,8 +55,10 @@ _HOMES = {
     "explaining": ("Explanation", "explain"),
     "methods": ("MethodConfig", "RandomKeepConfig", "ToDoConfig", "ToMeConfig", "register_method"),
     "patching": ("methods", "patch", "patched", "report", "unpatch"),
+    "processors": ("ToDoAttnProcessor", "ToMeAttnProcessor"),
     "runtime.stats": ("Report", "StepRecord"),
     "schedule.policy": ("Policy",),
+    "stepping": ("steps",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -51,14 +51,11 @@ def patch(
     """
     config = resolve(config, method, options)
     rule = rule_of(config, policy)
-    if record not in RECORDS:
-        raise ConfigError(f"record must be one of {', '.join(map(repr, RECORDS))}, got {record!r}")
-    if not isinstance(seed, int):
-        raise ConfigError(f"seed must be an integer, got {seed!r}")
+    check_settings(seed, record)
     drivers = [plan(denoiser, make_method(config), rule, seed, record) for denoiser in denoisers(target)]
     for driver in drivers:
         if isinstance(before := driver.denoiser.__dict__.get("_tokred"), Driver):
-            _warn(before.remove())
+            warn_of(before.remove())
             # Planned over the old patch: plan again on what is there now.
             driver = plan(driver.denoiser, driver.method, rule, seed, record)
         if target is not driver.denoiser:
@@ -71,7 +68,7 @@ def unpatch(target: _T) -> _T:
     """Take the patch off again, bit-exact, leaving nothing. No effect on what is not patched."""
     for denoiser in denoisers(target):
         if isinstance(driver := denoiser.__dict__.get("_tokred"), Driver):
-            _warn(driver.remove())
+            warn_of(driver.remove())
     return target
 
 
@@ -176,11 +173,34 @@ def rule_of(config: MethodConfig, policy: Any) -> Policy:
     return rule
 
 
+def check_settings(seed: Any, record: Any) -> None:
+    """Refuse a seed or a record that is none."""
+    if record not in RECORDS:
+        raise ConfigError(f"record must be one of {', '.join(map(repr, RECORDS))}, got {record!r}")
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed must be an integer, got {seed!r}")
+
+
 def plan(denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None) -> Driver:
     """Everything checked, nothing changed."""
     backbone = backbone_of(denoiser)
     layout = backbone.layout(denoiser)
     sites = choose(layout, method)
+    if any(hasattr(getattr(module, "processor", None), "tokred_config") for module in denoiser.modules()):
+        raise UnsupportedError(
+            f"this {type(denoiser).__name__} has attention processors of this library: use them, inside of "
+            "`with tokred.steps(pipe)`, or set back the processors that were there before"
+        )
+    verify(denoiser, layout, sites, method)
+    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record)
+
+
+def verify(denoiser: nn.Module, layout: Layout, sites: list[Site], method: Method) -> None:
+    """Refuse what cannot work.
+
+    Raises:
+        UnsupportedError: with the reason.
+    """
     if not sites:
         raise UnsupportedError(_nothing(layout, method, denoiser))
     if getattr(denoiser, "is_cache_enabled", False):
@@ -194,7 +214,6 @@ def plan(denoiser: nn.Module, method: Method, policy: Policy, seed: int, record:
     for site in sites:
         if reason := site.refusal(method.needs(site.kind)):
             raise UnsupportedError(f"{method.name} at {site.name}: {reason}")
-    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record)
 
 
 def choose(layout: Layout, method: Method) -> list[Site]:
@@ -243,6 +262,6 @@ def _nothing(layout: Layout, method: Method, denoiser: nn.Module) -> str:
     )
 
 
-def _warn(left: list[str]) -> None:
+def warn_of(left: list[str]) -> None:
     for text in left:
         warnings.warn(f"unpatched, but {text}: what is left there is inert, and goes when that tool goes", stacklevel=3)

@@ -16,6 +16,7 @@ FLOORS = {
     "runtime": 2,
     "methods": 3, "backbones": 3, "measure": 3.5,  # measure counts what backbones describe
     "driver": 4, "patching": 4.2, "explaining": 4.4, "coverage": 4.4,  # one floor, in the order they call each other
+    "processors": 4.6, "stepping": 4.7,
     "evaluation": 5, "testing": 5,
     "cli": 6,
 }  # fmt: skip
