@@ -10,6 +10,7 @@ told otherwise:
     sana         SanaTransformer2DModel, 3 blocks, linear attention; CFG in one call, (uncond, cond)
     lumina2      Lumina2Transformer2DModel, 2 + 2 refiner blocks and 3; CFG in two calls, cond then uncond
     wan          WanTransformer3DModel, 3 blocks, 5 frames = 3 latent frames; CFG in two calls, "cond" then "uncond"
+    auraflow     AuraFlowTransformer2DModel, 2 joint and 2 single blocks; CFG in one call, (uncond, cond)
 
 `tiny.run`, `tiny.inputs` and `tiny.denoiser` work on all of them. Where a pipeline takes text masks (qwenimage, sana,
 lumina2), the last token of the conditional text is masked and none of the unconditional one, so that the two differ in
@@ -28,6 +29,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
@@ -204,6 +207,31 @@ def wan(seed: int = 0, scheduler: Any = None) -> WanPipeline:
     return tiny._quiet(WanPipeline(transformer=_awake(transformer), vae=vae.eval(), scheduler=scheduler, **_NO_TEXT))
 
 
+# --- AuraFlow --------------------------------------------------------------------------------------------------------
+
+
+def auraflow(seed: int = 0, scheduler: Any = None) -> AuraFlowPipeline:
+    """AuraFlow's shape: 64 image tokens with learned positions, 8 register tokens before the text. Its pipeline takes
+    text masks, and passes none on: they are all ones here.
+    """
+    torch.manual_seed(seed)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=2, num_single_dit_layers=2,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=TEXT, caption_projection_dim=32,
+        pos_embed_max_size=256,
+    )  # fmt: skip
+    with torch.no_grad():  # the modulation has no biases: its gates would let next to nothing through
+        for name, p in transformer.named_parameters():
+            if "norm1" in name:
+                p *= 6
+    vae, scheduler = tiny._vae(), _flow(scheduler, shift=1.73)
+    return tiny._quiet(AuraFlowPipeline(transformer=_awake(transformer), vae=vae, scheduler=scheduler, **_NO_TEXT))
+
+
+def _auraflow_inputs(kw: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.ones_like(mask) for name, mask in _masks(kw, "{}_attention_mask").items()}
+
+
 def _masks(kw: dict[str, Any], name: str) -> dict[str, torch.Tensor]:
     """The masks of the embeddings in `kw`, under `name.format("prompt")` and `name.format("negative_prompt")`."""
     masks = {}
@@ -221,6 +249,7 @@ tiny.INPUTS |= {
     "SanaTransformer2DModel": _sana_inputs,
     "Lumina2Transformer2DModel": lambda kw: _masks(kw, "{}_attention_mask"),
     "WanTransformer3DModel": lambda kw: dict(num_frames=5),
+    "AuraFlowTransformer2DModel": _auraflow_inputs,
 }
 
 BUILDERS = {
@@ -231,4 +260,5 @@ BUILDERS = {
     "sana": sana,
     "lumina2": lumina2,
     "wan": wan,
+    "auraflow": auraflow,
 }
