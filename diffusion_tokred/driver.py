@@ -114,7 +114,7 @@ class Driver:
         self.backbone.observe(self.layout, denoiser, inputs)
         for level in self.levels:
             level.halves, level.status, level.recording = info.halves, None, self.record == "tokens"
-            level.scratch = {}
+            level.scratch, level.running = {}, True
             level.key = torch.full((), mix(self.seed, info.index, level.index), dtype=torch.int64, device=sample.device)
             key = (level.index, "" if self.method.shares_passes else info.pass_key, info.batch)
             level.memory = self._memories.setdefault(key, Memory())
@@ -189,6 +189,7 @@ class Driver:
         self._thread = None
         for site in self.sites:
             site.leave()
+            site.level.running = False
             site.block.input = site.block.scratch = None
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------

@@ -153,7 +153,9 @@ class JointAttention(TappedSite):
         text = call.kwargs.get("encoder_hidden_states")
         out = self.attend(call, x, at, kv, watch, 0 if text is None else text.shape[1])
         image, *rest = out if isinstance(out, tuple) else (out,)
-        return self.cut(call, image, x.shape[1], tuple(rest))
+        result = self.cut(call, image, x.shape[1], tuple(rest[:1]))
+        result.beside = [self.cut(call, other, x.shape[1]) for other in rest[1:]]
+        return result
 
     def weights(self) -> Weights:
         a = self.module

@@ -63,10 +63,12 @@ class Level:
         memory: this pass's `Memory`, kept over the steps of a run.
         scratch: what sites derive from a plan, such as rows of a rotary table; emptied before each denoiser call.
         status: (B, N) uint8, what became of each token, when the run records it.
+        running: False outside of the denoiser's calls, where another model may call modules that it shares with it.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self.running = True
         self.grid: tuple[int, int] | None = None
         self.start = 0
         self.halves = 1
@@ -164,7 +166,8 @@ class Out:
     """What a module returned: image tokens `x` (B, N, C), and the rest as it was.
 
     `rest`: other results (the text stream, for one); `head` and `tail`: rows before and after the image in its
-    sequence; `whole`: that sequence, as long as the image is unchanged.
+    sequence; `whole`: that sequence, as long as the image is unchanged; `beside`: further results that have a row for
+    each image token (FLUX's IP-Adapter), and go the same way.
     """
 
     def __init__(
@@ -176,10 +179,13 @@ class Out:
         whole: Tensor | None = None,
     ) -> None:
         self.x, self.rest, self.head, self.tail, self.whole = x, rest, head, tail, whole
+        self.beside: list[Out] = []
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Out:
         """Change the image tokens, leave the rest."""
-        return Out(change(self.x), self.rest, self.head, self.tail)
+        out = Out(change(self.x), self.rest, self.head, self.tail)
+        out.beside = [other.map(change) for other in self.beside]
+        return out
 
     def rows(self) -> Tensor:
         """The whole sequence, (B, S, C)."""
@@ -253,7 +259,9 @@ class Site:
 
     def write(self, call: Call, out: Out) -> Any:
         """What the module's caller expects."""
-        return out.rows() if not out.rest else (out.rows(), *out.rest)
+        if not out.rest:
+            return out.rows()
+        return (out.rows(), *out.rest, *(other.rows() for other in out.beside))
 
     def weights(self) -> Weights:
         """The cost of a row, for `measure.flops`."""
@@ -344,7 +352,7 @@ class Leaf(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.retire(args, kwargs)
-        if self.site.plan.mode == "full":
+        if self.site.plan.mode == "full" or not self.site.level.running:
             return self.base(*args, **kwargs)
         call = Call(self.site, self.base, args, kwargs)
         return self.site.write(call, self.apply(call))

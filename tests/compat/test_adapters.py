@@ -32,8 +32,10 @@ def check(pipe, kind, config, loose="nothing", **more):
 
 @BOTH
 @pytest.mark.parametrize("variant", [tiny.img2img, tiny.inpaint, tiny.controlnet], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
 def test_variants(kind, variant, config):
+    if kind == "flux" and variant is tiny.controlnet:
+        pytest.skip("tiny has none; residuals are added between blocks, where all tokens are")
     pipe = variant(PIPES[kind]())
     check(pipe, kind, config, steps=3, **({} if variant is tiny.controlnet else dict(strength=0.7)))
 
@@ -45,7 +47,7 @@ def lora(seed=0):
 
 
 @BOTH
-@pytest.mark.parametrize("kind", PIPES)
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "sd3-dual", "flux"])  # DiT and PixArt take no adapters
 def test_lora(kind, config):
     """Added before or after patching, switched off and on, merged into the weights and back: always the same."""
     first = PIPES[kind]()
@@ -136,6 +138,33 @@ def test_ip_adapter_mask_acts_where_it_is():
     nothing = dict(more, cross_attention_kwargs=dict(ip_adapter_masks=[torch.zeros(1, 1, 32, 32)]))
     near(run(pipe, **nothing), run(patch(tiny.sd(), "sd", "tome-all")), 1e-4)
     assert (run(pipe, **more) - run(pipe, **nothing)).abs().max() > 1e-3
+
+
+@BOTH
+@pytest.mark.parametrize("batch", [1, 2])
+def test_ip_adapter_of_flux(config, batch):
+    """Its attention returns a third result, a row for each image token, which the block adds later."""
+    from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+
+    def pipe():
+        made = PIPES["flux"]()
+        torch.manual_seed(3)
+        for block in made.transformer.transformer_blocks:
+            block.attn.processor = FluxIPAdapterAttnProcessor(32, 32, num_tokens=(4,))
+        made.transformer.encoder_hid_proj = torch.nn.Identity()
+        return made
+
+    image = [torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(9)).expand(batch, -1, -1)]
+    more = dict(joint_attention_kwargs=dict(ip_hidden_states=image), batch=batch)
+    want = check(pipe(), "flux", config, **more)
+    other = dict(more, joint_attention_kwargs=dict(ip_hidden_states=[image[0] * 2]))
+    assert not torch.equal(run(patch(pipe(), "flux", config), **other), want)
+    plain = pipe()
+    zero = dict(more, joint_attention_kwargs=dict(ip_hidden_states=[image[0] * 0]))
+    for block in plain.transformer.transformer_blocks:
+        for layer in (*block.attn.processor.to_k_ip, *block.attn.processor.to_v_ip):
+            layer.bias.data.zero_()
+    near(run(patch(plain, "flux", config), **zero), run(patch(PIPES["flux"](), "flux", config), batch=batch), 1e-4)
 
 
 @BOTH

@@ -37,7 +37,7 @@ EVERY = pytest.mark.parametrize("config", CONFIGS)
 
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3-dual"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3-dual", "pixart", "flux"])
 def test_half(kind, dtype, config):
     pipe = PIPES[kind]().to(dtype)
     out = check(pipe, kind, config)
@@ -46,7 +46,7 @@ def test_half(kind, dtype, config):
 
 @pytest.mark.parametrize("config", ["tome-all", "tome-reuse", "todo-area"])
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=["fp8", "bf16"])
-@pytest.mark.parametrize("kind", ["sd", "sd3-dual"])
+@pytest.mark.parametrize("kind", ["sd", "sd3-dual", "flux"])
 def test_layerwise_casting(kind, storage, config):
     pipe = PIPES[kind]()
     tiny.denoiser(pipe).enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
@@ -59,7 +59,7 @@ def test_layerwise_casting(kind, storage, config):
 
 
 @pytest.mark.parametrize("config", ["tome-all", "tome-reuse", "todo"])
-@pytest.mark.parametrize("kind", ["sd", "sd3-dual"])
+@pytest.mark.parametrize("kind", ["sd", "sd3-dual", "flux"])
 def test_offload_first(kind, config):
     pipe = PIPES[kind]()
     offload(pipe)
@@ -70,7 +70,7 @@ def test_offload_first(kind, config):
 @pytest.mark.filterwarnings("ignore:unpatched, but")
 @pytest.mark.parametrize("leaves_first", ["ours", "theirs"])
 @pytest.mark.parametrize("config", ["tome-all", "tome-reuse", "todo"])
-@pytest.mark.parametrize("kind", ["sd", "sd3-dual"])
+@pytest.mark.parametrize("kind", ["sd", "sd3-dual", "flux"])
 def test_offload_after_patching(kind, config, leaves_first):
     pipe = PIPES[kind]()
     model = tiny.denoiser(pipe)
@@ -90,7 +90,7 @@ def test_offload_after_patching(kind, config, leaves_first):
     assert "_tokred" not in vars(model) and not model._forward_pre_hooks and not model._forward_hooks
 
 
-@pytest.mark.parametrize("kind, config", [("sd", "tome-reuse"), ("sd3", "todo")])
+@pytest.mark.parametrize("kind, config", [("sd", "tome-reuse"), ("sd3", "todo"), ("flux", "tome")])
 def test_hooks_removed_after_every_call(kind, config):
     """Model offload takes accelerate's hooks off the denoiser, and puts them on, after every run."""
     pipe = patch(PIPES[kind](), kind, config)

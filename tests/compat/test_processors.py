@@ -14,10 +14,10 @@ UNETS = pytest.mark.parametrize("kind", ["sd", "sdxl"])
 
 
 @EVERY
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "pixart", "flux"])
 def test_fused_qkv(kind, config):
     pipe = PIPES[kind]()
-    pipe.fuse_qkv_projections() if kind != "sd3" else pipe.transformer.fuse_qkv_projections()
+    pipe.fuse_qkv_projections() if kind.startswith("sd") and kind != "sd3" else pipe.transformer.fuse_qkv_projections()
     near(check(pipe, kind, config), reduced(kind, config), 1e-4)
 
 
@@ -182,8 +182,11 @@ def test_freeu(kind, config):
     assert same(run(late), reduced(kind, config))
 
 
+SDPA_CASES = [("sd", "tome-all"), ("sd3", "todo"), ("sd3-dual", "todo-area"), ("flux", "todo")]
+
+
 @pytest.mark.parametrize("backend", [torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION])
-@pytest.mark.parametrize("kind, config", [("sd", "tome-all"), ("sd3", "todo"), ("sd3-dual", "todo-area")])
+@pytest.mark.parametrize("kind, config", SDPA_CASES)
 def test_sdpa_backends(kind, config, backend):
     expected = reduced(kind, config)  # kept for other tests too, so not to be made under this backend
     pipe = patch(PIPES[kind](), kind, config)
@@ -234,3 +237,28 @@ def test_attention_mask(config):
             assert torch.isfinite(out).all() and not torch.equal(out, unet(x, 10, text).sample)
         tokred.unpatch(unet)
         assert same(unet(x, 10, text, attention_mask=mask).sample, plain)
+
+
+@pytest.mark.parametrize("config", ["tome-all", "todo"])
+def test_attention_backend_is_followed(config, monkeypatch):
+    """`set_attention_backend`, before and while patched, reaches the dispatcher of a tapped processor."""
+    from diffusers.models.transformers import transformer_flux
+
+    seen = []
+    dispatch = transformer_flux.dispatch_attention_fn
+
+    def watched(*args, backend=None, **kwargs):
+        seen.append(backend)
+        return dispatch(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", watched)
+    pipe = patch(PIPES["flux"](), "flux", config)
+    expected = run(pipe)
+    assert set(seen) == {None}
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.processor._attention_backend = "_native_math"
+    seen.clear()
+    near(run(pipe), expected, 1e-4)
+    assert set(seen) == {None, "_native_math"} and seen.count("_native_math") == len(seen) // 2
+    tokred.unpatch(pipe)
+    assert pipe.transformer.transformer_blocks[0].attn.processor._attention_backend == "_native_math"
