@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import ZImageTransformer2DModel
+from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -149,7 +149,39 @@ def test_compiled_blocks(method, dynamo):
     assert dynamo["stats"]["unique_graphs"] <= 8
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
+# --- a ControlNet, refusals ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["tome", "todo", "random-keep"])
+@torch.no_grad()
+def test_a_controlnet_shares_the_refiner(method):
+    """Its calls come before the denoiser's and are dense, in a second run too."""
+    pipe = families.zimage()
+    torch.manual_seed(0)
+    net = ZImageControlNetModel(control_layers_places=[0, 2], control_in_dim=4, dim=32, n_heads=2, n_kv_heads=2)
+    net = ZImageControlNetModel.from_transformer(families._awake(net), pipe.transformer)
+    draw = torch.Generator().manual_seed(1)
+    x, text = (list(torch.randn(2, *shape, generator=draw)) for shape in ((4, 1, 16, 16), (7, 32)))
+    time = torch.tensor([0.5, 0.5])
+
+    def control():
+        return net(x, time, text, x)
+
+    def step():
+        samples = control()
+        return samples, torch.stack(pipe.transformer(x, time, text, False, samples)[0])
+
+    samples, plain = step()
+    tokred.patch(pipe, method=method)
+    changed = []
+    for _ in range(2):
+        for _ in range(2):
+            found, out = step()
+            assert found.keys() == samples.keys()
+            assert all(torch.equal(found[place], samples[place]) for place in samples)
+            changed.append((out - plain).abs().max() > 1e-4)
+        pipe.transformer._reset_stateful_cache()
+    assert all(changed)
 
 
 def test_refusals():
