@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import zoo
     from .backbones import register_backbone
+    from .coverage import Cell, coverage
     from .errors import ConfigError, StateError, UnsupportedError
     from .explaining import Explanation, explain
     from .methods import MethodConfig, RandomKeepConfig, ToDoConfig, ToMeConfig, register_method
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 from .version import __version__ as __version__
 
 __all__ = [
+    "Cell",
     "ConfigError",
     "Explanation",
     "MethodConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "ToMeAttnProcessor",
     "ToMeConfig",
     "UnsupportedError",
+    "coverage",
     "explain",
     "methods",
     "patch",
@@ -51,6 +54,7 @@ __all__ = [
 # Where each public name is: the imports above, for the interpreter.
 _HOMES = {
     "backbones": ("register_backbone",),
+    "coverage": ("Cell", "coverage"),
     "errors": ("ConfigError", "StateError", "UnsupportedError"),
     "explaining": ("Explanation", "explain"),
     "methods": ("MethodConfig", "RandomKeepConfig", "ToDoConfig", "ToMeConfig", "register_method"),

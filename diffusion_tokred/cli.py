@@ -210,6 +210,7 @@ def explain(
     policy: PolicyText = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Count a run of so many steps. (default: one call)")] = None,
     size: Size = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a video. (default: the pipeline's)")] = None,
     guidance: Guidance = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -233,7 +234,7 @@ def explain(
     scale = defaults.get("guidance") if guidance is None else guidance
     found = dry_run(
         pipe, config, policy=rule, height=height, width=width, num_inference_steps=steps,
-        guidance=scale is None or scale > 1, text_tokens=defaults.get("text_tokens"),
+        guidance=scale is None or scale > 1, text_tokens=defaults.get("text_tokens"), num_frames=frames,
     )  # fmt: skip
     text = results.to_json(results.plain(found.to_dict()))
     if json not in (None, "-"):

@@ -166,6 +166,7 @@ def explain(
     guidance: bool = True,
     dtype: torch.dtype | None = None,
     text_tokens: int | None = None,
+    num_frames: int | None = None,
     **options: Any,
 ) -> Explanation:
     """Say what `patch` with these arguments would do, and what it would save. Runs nothing and changes nothing.
@@ -179,18 +180,21 @@ def explain(
         guidance: whether each image has a conditional and an unconditional row.
         dtype: of what is kept from step to step; default: the denoiser's.
         text_tokens: of a prompt; default: what the pipeline pads its prompts to.
+        num_frames: of a video, of its latents for a denoiser; default: the pipeline's own.
 
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
     """
     config = resolve(config, method, options)
     rule = rule_of(config, policy)
-    for name, value in (("batch_size", batch_size), ("num_inference_steps", num_inference_steps)):
+    counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "num_frames": num_frames}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     denoiser: Any = denoisers(target)[0]
     driver = plan(denoiser, make_method(config), rule, 0, None)
     h, w = _latent_size(target, denoiser, height, width)
+    h *= driver.backbone.frames(target, num_frames)  # a video is its frames, one below another
     text = driver.backbone.prompt(target) if text_tokens is None else text_tokens
     levels = driver.layout.levels
     grids = {v.index: g for v, g in zip(levels, driver.backbone.grids(denoiser, h, w), strict=True)}
@@ -345,7 +349,8 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
 
 def _latent_size(target: Any, denoiser: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """Height and width of the latents."""
-    scale = 1 if isinstance(target, nn.Module) else int(getattr(target, "vae_scale_factor", 8))
+    known: Any = getattr(target, "vae_scale_factor", None) or getattr(target, "vae_scale_factor_spatial", 8)
+    scale = 1 if isinstance(target, nn.Module) else int(known)
     native = denoiser.config.get("sample_size") or getattr(target, "default_sample_size", None)
     sides: list[Any] = list(native) if isinstance(native, (tuple, list)) else [native, native]
     for place, (name, value) in enumerate((("height", height), ("width", width))):

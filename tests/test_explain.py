@@ -12,7 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 
 import diffusion_tokred as tokred
-from diffusion_tokred.testing import tiny
+from diffusion_tokred.testing import families, tiny
 from diffusion_tokred.tokens import Merge
 
 # A block of the tiny sd's level 0: N = 16 x 16 tokens, d = 32 channels; D = 64 destinations, S = 192 sources.
@@ -231,3 +231,17 @@ def test_as_text_and_data() -> None:
         assert part in found.table()
     unknown = tokred.explain(tiny.sd3().transformer, method="todo", num_inference_steps=2)
     assert math.isnan(unknown.steps[0].u) and unknown.to_dict()["steps"][0]["u"] is None
+
+
+def test_a_video_is_its_frames_one_below_another() -> None:
+    pipe = families.BUILDERS["wan"]()
+    found = tokred.explain(pipe, method="tome", height=32, width=32, num_frames=5)  # 5 frames are 3 latent ones
+    model = pipe.transformer
+    assert (found.height, found.width) == (48, 16) and found.levels[0].grid == (24, 8)
+    assert found.flops == tokred.explain(model, method="tome", height=48, width=16, text_tokens=found.text_tokens).flops
+    longer = tokred.explain(pipe, method="tome", height=32, width=32)  # the pipeline's own 81 frames
+    assert longer.levels[0].tokens == 64 * (80 // pipe.vae_scale_factor_temporal + 1)
+    with pytest.raises(tokred.ConfigError, match="makes pictures"):
+        tokred.explain(tiny.sd(), method="tome", num_frames=5)
+    with pytest.raises(tokred.ConfigError, match="num_frames"):
+        tokred.explain(pipe, method="tome", num_frames=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..runtime.site import Level, Site
 
 
@@ -78,6 +78,16 @@ class Backbone:
         if length is None:
             length = getattr(getattr(pipe, "tokenizer", None), "model_max_length", 77)
         return length if length <= 4096 else 77  # transformers writes "no limit" as 10**30
+
+    def frames(self, pipe: Any, num_frames: int | None) -> int:
+        """Latent frames of a video of `num_frames` (default: the pipeline's own); 1 for pictures.
+
+        Raises:
+            ConfigError: frames asked of a model that makes pictures.
+        """
+        if num_frames not in (None, 1):
+            raise ConfigError(f"{self.name} makes pictures: leave out num_frames")
+        return 1
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         """Everything outside the sites that computes: (module, rows or pixels of one sample)."""

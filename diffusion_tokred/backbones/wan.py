@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
 from ..runtime.work import Weights, macs
 from .attention import CrossAttention, FeedForwardSite, TappedSite, take
-from .base import Backbone, Layout, register_backbone
+from .base import Backbone, Layout, default_of, register_backbone
 
 _ARGUMENTS = ("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb")
 
@@ -79,6 +79,12 @@ class Wan(Backbone):
         """With the tokens of pictures, which stand beside the prompt's in cross-attention."""
         image, batch = inputs.get("encoder_hidden_states_image"), len(inputs["encoder_hidden_states"])
         return super().text(inputs) + (0 if image is None else image.shape[0] * image.shape[1] // batch)
+
+    def frames(self, pipe: Any, num_frames: int | None) -> int:
+        if isinstance(pipe, nn.Module):
+            return num_frames or 1
+        count = num_frames or default_of(pipe, "num_frames") or 81
+        return int((count - 1) // getattr(pipe, "vae_scale_factor_temporal", 4) + 1)
 
     def prompt(self, pipe: Any) -> int:
         model: Any = pipe if isinstance(pipe, nn.Module) else pipe.transformer or pipe.transformer_2
