@@ -167,7 +167,7 @@ class Place:
 
     def run(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self.site
-        if site is None or self.apply is None or site.plan.mode == "full":
+        if site is None or self.apply is None or site.plan.mode == "full" or not site.level.running:
             return self.processor(attn, *args, **kwargs)
         named = dict(zip(self.names[1:], args[1:], strict=False))  # sites look for arguments by name
         call = Call(site, partial(self.processor, attn), args[:1], {**named, **kwargs})

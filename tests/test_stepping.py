@@ -156,6 +156,19 @@ def test_within_a_block_within_a_block():
     assert same(stepped(other, strength=0.7, steps=3), want)
 
 
+@torch.no_grad()
+def test_a_shared_module_called_from_elsewhere_is_dense():
+    """Inside of the block, but not from the denoiser whose step it is."""
+    pipe = tiny.sd3()
+    attention = pipe.transformer.transformer_blocks[0].attn
+    image, text = torch.randn(1, 64, 32), torch.randn(1, 7, 32)
+    plain = attention(image, text)[0]
+    pipe.transformer.set_attn_processor(ToMeAttnProcessor())
+    with tokred.steps(pipe):
+        run(pipe)
+        assert same(attention(image, text)[0], plain)
+
+
 # --- Copies, files, compilers ----------------------------------------------------------------------------------------
 
 
