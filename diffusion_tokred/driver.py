@@ -125,18 +125,19 @@ class Driver:
             site.leader = mode != "full" and site.level.index not in led
             site.plan.set(mode, ratio)
             site.plan.refresh = (
-                memory.value is None
-                or memory.text != site.plan.text
+                memory.text != site.plan.text  # as it is when there is nothing yet
                 or not 0 <= info.index - memory.index < max(self.method.every, 1)
             )
             if site.leader:
                 led.add(site.level.index)
             site.enter(self.needs[site.kind])
         for site in self.sites:
+            memory, text = site.level.memory, site.plan.text
             if site.leader and site.plan.refresh:
-                memory = site.level.memory
-                memory.value, memory.index, memory.text, memory.scratch = None, info.index, site.plan.text, {}
-                self.method.prepare(site)
+                memory.value, memory.prepared, memory.scratch = None, {}, {}
+                memory.index, memory.text = info.index, text
+            if site.plan.mode != "full" and text not in memory.prepared:
+                memory.prepared[text] = self.method.prepare(site)
         if self.record == "time":
             _synchronize(sample)
             self._started = time.perf_counter()
@@ -211,7 +212,7 @@ class Driver:
         self._memories.clear()
         self._maps.clear()
         for level in self.levels:
-            level.memory, level.scratch, level.prepared, level.status, level.key = Memory(), {}, None, None, None
+            level.memory, level.scratch, level.status, level.key = Memory(), {}, None, None
 
     def _grid(self, index: int) -> tuple[int, int]:
         return next(level.grid for level in self.levels if level.index == index and level.grid is not None)

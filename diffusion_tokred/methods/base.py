@@ -179,12 +179,11 @@ class Method:
             blocks.add(site.block.index)
         return result
 
-    def prepare(self, site: Site) -> None:
-        """Make what the level's plan needs and no token decides, such as positions, and put it into
-        `site.level.prepared` or `site.level.memory.value`.
+    def prepare(self, site: Site) -> Any:
+        """Make what a plan needs and no token decides, such as positions: `call.prepared`, for all sites of the level.
 
-        Called eagerly at the root, for the level's leader, when its plan is made anew: before each step, or each
-        `every` steps. `site.level.grid` and `.key` are known then, and `site.plan`.
+        Called eagerly at the root when the level's plan is made anew: before each step, or each `every` steps.
+        `site.level.grid` and `.key` are known then, and `site.plan`.
         """
 
     def apply(self, call: Call) -> Out:

@@ -53,13 +53,13 @@ class RandomKeep(Method):
         n = grid[0] * grid[1]
         return Work(n - int(n * ratio))
 
-    def prepare(self, site: Site) -> None:
+    def prepare(self, site: Site) -> tuple[Tensor, Tensor]:
         level, grid = site.level, site.level.grid
         assert grid is not None and level.key is not None  # set by the root, before each call of the denoiser
-        level.prepared = keep(level.key, *grid, self.work(site, grid, site.plan.ratio).queries)
+        return keep(level.key, *grid, self.work(site, grid, site.plan.ratio).queries)
 
     def apply(self, call: Call) -> Out:
-        (at, slot), _ = call.level.prepared, call.grid  # the grid: an error if the tokens are not all there
+        (at, slot), _ = call.prepared, call.grid  # the grid: an error if the tokens are not all there
         call.note(lambda: call.x.new_full(call.x.shape[:2], 4, dtype=torch.uint8).index_fill(1, at, 0))  # 4: pruned
         return call.compute(call.x.index_select(1, at), at=at).map(lambda y: y.index_select(1, slot))
 

@@ -57,15 +57,15 @@ class ToDo(Method):
         kept = self.work(site, grid, ratio).keys
         return 8 * kept if site.leader and self.config.mode in MODES[:2] else 0
 
-    def prepare(self, site: Site) -> None:
+    def prepare(self, site: Site) -> KV:
         level, mode, factor = site.level, self.config.mode, _factor(site.plan.ratio)
         assert level.grid is not None and level.key is not None  # set by the root
         h, w = level.grid
         at = positions(h, w, factor, mode, level.key.device) if mode in MODES[:2] else None
-        level.memory.value = KV(partial(downsample, h=h, w=w, factor=factor, mode=mode), at)
+        return KV(partial(downsample, h=h, w=w, factor=factor, mode=mode), at)
 
     def apply(self, call: Call) -> Out:
-        kv, _ = call.level.memory.value, call.grid
+        kv, _ = call.prepared, call.grid  # the grid: an error if the tokens are not all there
         call.note(partial(_status, call.x, kv.at))
         return call.compute(kv=kv)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError, StateError
 from ..runtime.site import Call, Out, Site
@@ -105,7 +106,7 @@ class ToMe(Method):
             return 0
         n = grid[0] * grid[1]
         m = Merge(torch.zeros(batch, n, dtype=torch.int64, device="meta"), n - int(n * ratio))
-        return sum(t.nbytes for t in vars(m).values() if isinstance(t, torch.Tensor))
+        return sum(t.nbytes for t in vars(m).values() if isinstance(t, Tensor))
 
     def apply(self, call: Call) -> Out:
         m = self._plan(call)
@@ -128,18 +129,18 @@ class ToMe(Method):
             call.level.memory.value = self._match(call)
         return call.level.memory.value
 
-    def prepare(self, site: Site) -> None:
+    def prepare(self, site: Site) -> tuple[Tensor, Tensor]:
         c, key = self.config, site.level.key
         assert site.level.grid is not None and key is not None  # set by the root
         h, w = site.level.grid
         offset = draw(key, (h // c.sy) * (w // c.sx), c.sy * c.sx) if c.randomize else None
         dst = destinations(h, w, c.sy, c.sx, offset, device=key.device)
-        site.level.prepared = dst, split(dst, h * w)
+        return dst, split(dst, h * w)
 
     def _match(self, call: Call) -> Merge:
         (h, w), x = call.grid, call.block.input
         assert x is not None  # kept by the block, since `watches_input`
-        dst, src = call.level.prepared
+        dst, src = call.prepared
         r = int(h * w * call.plan.ratio)
         return match(x, dst, src, r, halves=call.level.halves if self.config.share_cfg else 1)
 

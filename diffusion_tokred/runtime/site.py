@@ -58,7 +58,6 @@ class Level:
         grid: (h, w) tokens, known once the level has been reached. A video's frames lie one below another.
         start: rows before the image where text and image are one sequence.
         halves: how many parts of the batch belong to the same images ([uncond; cond] = 2), 1 when unknown.
-        prepared: what the method made at the root for the level's plan, see `Method.prepare`.
         key: 0-d int64 tensor on the tokens' device, new at each step; see `tokens.draw`.
         memory: this pass's `Memory`, kept over the steps of a run.
         scratch: what sites derive from a plan, such as rows of a rotary table; emptied before each denoiser call.
@@ -74,7 +73,6 @@ class Level:
         self.halves = 1
         self.key: Tensor | None = None
         self.memory = Memory()
-        self.prepared: Any = None
         self.scratch: dict[str, Any] = {}
         self.recording = False
         self.status: Tensor | None = None
@@ -90,10 +88,12 @@ class Level:
 
 class Memory:
     """A slot that a method keeps something in, from step to step of one run and one pass. `index` and `text` say at
-    which step, and at which ratio, it was made; `scratch` is what sites derive from it."""
+    which step, and at which ratio, it was made; `scratch` is what sites derive from it; `prepared` is what
+    `Method.prepare` made, by ratio."""
 
     def __init__(self) -> None:
         self.value: Any = None
+        self.prepared: dict[str, Any] = {}
         self.index = 0
         self.text = ""
         self.scratch: dict[str, Any] = {}
@@ -311,6 +311,11 @@ class Call:
                 "Chunked feed-forward, and other tools that split the tokens, cannot be combined with reduction here."
             )
         return grid
+
+    @property
+    def prepared(self) -> Any:
+        """What the method's `prepare` made for this plan."""
+        return self.level.memory.prepared[self.plan.text]
 
     def compute(
         self,
