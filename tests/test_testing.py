@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from diffusion_tokred.methods.random_keep import RandomKeep, RandomKeepConfig, k
 from diffusion_tokred.runtime.work import Work
 from diffusion_tokred.testing import tiny
 from tests.contract.helpers import Snapshot
+from tests.guides import Guide
 
 
 @pytest.fixture(autouse=True)
@@ -309,29 +309,16 @@ def test_snapshot_sees_everything():
 
 # --- the guide --------------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parent.parent
-GUIDE = (ROOT / "docs" / "your-method.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", GUIDE, re.S)
+GUIDE = Guide("your-method.md", "methods/random_keep.py")
 
 
 def test_the_guide_is_the_file():
-    file = (ROOT / "diffusion_tokred" / "methods" / "random_keep.py").read_text(encoding="utf-8")
-    shown = "\n".join(block.strip() for kind, block in BLOCKS if kind == "file")
-    assert shown.split() == file.split() and len(file.splitlines()) <= 90
-    assert GUIDE.count("```python") == len(BLOCKS), "every block is part of the file or run"
+    GUIDE.assert_is_the_file(most=90)
 
 
 def test_the_guide_runs(capsys, monkeypatch):
-    """The file as one of the reader's own, outside of the package; and what he does with it."""
-    mine = "\n".join(block for kind, block in BLOCKS if kind == "file").replace("random-keep", "my-keep")
-    mine = re.sub(r"from \.\.?(\w+)", r"from diffusion_tokred.\1", mine.replace("from .base", "from ..methods.base"))
-    space = {"__name__": "mine", "pipe": tiny.sd3(), "prompt": "a star"}
     monkeypatch.setattr(tiny.StableDiffusion3Pipeline, "encode_prompt", _encoded)
-    monkeypatch.setitem(__import__("sys").modules, "mine", type(tokred)("mine"))
-    exec(compile(mine, "mine.py", "exec"), space)
-    for kind, block in BLOCKS:
-        if kind == "run":
-            exec(compile(block.replace("random-keep", "my-keep"), "guide.py", "exec"), space)
+    space = GUIDE.follow(monkeypatch, rename=("random-keep", "my-keep"), pipe=tiny.sd3(), prompt="a star")
     assert tokred.report(space["pipe"]).method == "my-keep"
     assert "done as asked: 0.1" in capsys.readouterr().out
     space["test_contract"]("neutral")

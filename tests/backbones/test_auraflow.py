@@ -175,17 +175,6 @@ def test_compiled(options, dynamo):
     assert dynamo["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.slow
-def test_compiled_blocks(dynamo):
-    """12 blocks, above the recompile limit."""
-    pipe = families.auraflow()
-    pipe.transformer = tokred.patch(model(num_mmdit_layers=4, num_single_dit_layers=8), method="tome")
-    want = tiny.run(pipe, steps=1)
-    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
-    near(tiny.run(pipe, steps=1), want, 1e-5)
-    assert dynamo["stats"]["unique_graphs"] <= 8
-
-
 # --- fused, single blocks only, refusals -----------------------------------------------------------------------------
 
 
