@@ -37,7 +37,6 @@ class ToDo(Method):
     paper = "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images, arXiv 2402.13573"
     kinds = ("attention",)
     every = 2**31  # which tokens are kept is the same at every step
-    shares_passes = True
     config: ToDoConfig
 
     def wants(self, site: Site) -> bool:

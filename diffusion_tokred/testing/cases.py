@@ -32,6 +32,16 @@ class Finding:
         return f"{'ok' if self.ok else 'BROKEN':<6} {self.check}, {self.config} on {self.pipe}: {self.text}"
 
 
+def sample_of(args: Any, kwargs: Any) -> Any:
+    """The noisy latents among a denoiser's arguments: a tensor, or a list of one for each sample."""
+    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
+
+
+def rows_of(output: Any) -> Tensor:
+    """A denoiser's output, (B, ...), also where it is a list of one tensor for each sample."""
+    return torch.stack(output) if isinstance(output, list) else output
+
+
 class Case:
     """One method on one pipeline, and what its checks share.
 

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..patching import patch, report, unpatch
 from ..runtime.site import KV
-from .cases import Broken, Case, Snapshot, driver_of, expect_equal, expect_near, model_of
+from .cases import (
+    Broken,
+    Case,
+    Snapshot,
+    driver_of,
+    expect_equal,
+    expect_near,
+    model_of,
+    rows_of,
+    sample_of,
+)
 from .passes import Passes, pass_count
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.96, 0.999)  # tried on every method: each is done as asked, or refused
@@ -46,7 +56,7 @@ def acts(case: Case) -> str | None:
     if not case.config.share:
         return None
     pipe, outputs = case.patched(), []
-    model_of(pipe).register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    model_of(pipe).register_forward_hook(lambda module, args, output: outputs.append(rows_of(output[0])))
     change = float((case.run(pipe) - case.dense).abs().max())
     if bad := sum(not bool(torch.isfinite(x).all()) for x in outputs):
         raise Broken(f"{bad} of {len(outputs)} denoiser calls returned values that are not finite")
@@ -149,18 +159,17 @@ def flops(case: Case) -> str | None:
     """The report counts no more FLOPs than dense, but for what the method says that it spends itself."""
     pipe, rows = case.patched(), []
     model_of(pipe).register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append((args or (kwargs.get("hidden_states", kwargs.get("sample")),))[0]),
-        with_kwargs=True,
+        lambda module, args, kwargs: rows.append(len(sample_of(args, kwargs))), with_kwargs=True
     )
     case.run(pipe)
     found, driver = report(pipe), driver_of(pipe)
     assert found is not None
-    for step, sample in zip(found.steps, rows, strict=True):
+    for step, batch in zip(found.steps, rows, strict=True):
         own = sum(driver.method.overhead(site, site.level.grid, step.ratio) for site in driver.sites)
-        if step.flops > step.flops_dense + 2 * sample.shape[0] * own:
+        if step.flops > step.flops_dense + 2 * batch * own:
             raise Broken(
                 f"step {step.index} counts {step.flops} FLOPs, dense {step.flops_dense}, and the method's own "
-                f"work is at most {2 * sample.shape[0] * own}"
+                f"work is at most {2 * batch * own}"
             )
     return f"{found.flops / max(found.flops_dense, 1):.3f} of the dense FLOPs"
 

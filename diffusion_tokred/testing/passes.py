@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cases import rows_of, sample_of
+
 
 def pass_count(pipe: Any, run: Callable[..., Tensor]) -> tuple[int, int]:
     """(rows a denoiser call, denoiser calls a step) with a batch of 1: (2, 1) for batched guidance, (1, 2) apart."""
     watched: list[tuple[Any, Any]] = []
     model = _model(pipe)
     handle = model.register_forward_pre_hook(
-        lambda module, args, kwargs: watched.append((_sample(args, kwargs).shape[0], _time(args, kwargs))),
+        lambda module, args, kwargs: watched.append((len(sample_of(args, kwargs)), _time(args, kwargs))),
         with_kwargs=True,
     )
     run(pipe, steps=1)
@@ -55,7 +57,7 @@ class Passes(nn.Module):
         return [(b, a) for (number, a), (_, b) in zip(before, now, strict=True) if number == 0]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows = _sample(args, kwargs).shape[0]
+        rows = len(sample_of(args, kwargs))
         if rows == 1:
             return _like(*self._call(args, kwargs))
         found = {
@@ -76,9 +78,9 @@ class Passes(nn.Module):
             args, kwargs = tuple(map(_other, args)), {k: _other(v) for k, v in kwargs.items()}
         out = self._orig_mod(*args, **kwargs)
         done = self.outputs[-1]
-        done.append((number, out[0]))
+        done.append((number, rows_of(out[0])))
         # The loop goes on as before, so that the first passes of the next steps have the inputs they had.
-        return (self.outputs[0][len(done) - 1][1] if disturbed else out[0]), out
+        return (self.outputs[0][len(done) - 1][1] if disturbed else rows_of(out[0])), out
 
 
 def _model(pipe: Any) -> nn.Module:
@@ -87,13 +89,11 @@ def _model(pipe: Any) -> nn.Module:
     return denoisers(pipe)[0]
 
 
-def _like(first: Tensor, out: Any) -> Any:
+def _like(first: Any, out: Any) -> Any:
     """`out` with another first entry: a tuple, or one of diffusers' output classes."""
+    if isinstance(out[0], list):
+        first = list(first)
     return (first, *out[1:]) if isinstance(out, tuple) else type(out)(first)
-
-
-def _sample(args: Any, kwargs: Any) -> Tensor:
-    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
 
 
 def _time(args: Any, kwargs: Any) -> Tensor:
@@ -105,6 +105,8 @@ def _part(value: Any, row: int, rows: int) -> Any:
     """A row of everything that has one for each pass."""
     if isinstance(value, dict):
         return {k: _part(v, row, rows) for k, v in value.items()}
+    if isinstance(value, list) and len(value) == rows:
+        return value[row : row + 1]
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
         return value[row : row + 1]
     return value
@@ -112,6 +114,8 @@ def _part(value: Any, row: int, rows: int) -> Any:
 
 def _other(value: Any) -> Any:
     """Another picture, another text; the same timestep, masks and positions."""
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [v * 1.5 + 0.3 for v in value]
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
         return value * 1.5 + 0.3
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ..methods import CONFIGS, METHODS, Method, MethodConfig, register_method
 from ..patching import patch
 from ..runtime.site import KINDS, KV, Cache, Call, Out, Site
 from ..runtime.work import Work
-from .cases import Broken, Case, expect_near, model_of
+from .cases import Broken, Case, expect_near, model_of, sample_of
 
 ALLOWED = 1e-8  # in float64
 
@@ -96,12 +97,13 @@ def _first_input(case: Case, bump: bool) -> _Seen:
 
     def change(module: Any, args: Any, kwargs: Any) -> Any:
         name = "hidden_states" if "hidden_states" in kwargs else "sample"
-        sample = (args[0] if args else kwargs[name]).clone()
-        if sample.ndim == 4 and seen.x is None:
-            seen.image = sample.shape[-2:]
-            seen.spot = row, column = sample.shape[-2] // 2, sample.shape[-1] - 1
-            if bump:
-                sample[:, :, row, column] += 10
+        sample = copy.deepcopy(sample_of(args, kwargs))  # a tensor, or a list of one for each picture
+        first = sample[0]
+        if first.shape[:-2].numel() == model_of(pipe).config.in_channels and seen.x is None:  # one frame
+            seen.image = first.shape[-2:]
+            seen.spot = row, column = first.shape[-2] // 2, first.shape[-1] - 1
+            for picture in sample if bump else ():
+                picture[..., row, column] += 10
         return ((sample, *args[1:]), kwargs) if args else (args, {**kwargs, name: sample})
 
     with probe("probe-grid", lambda site: True, frozenset(), act) as config:
