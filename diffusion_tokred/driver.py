@@ -223,7 +223,7 @@ class Driver:
 
     def _record(self, info: StepInfo, inputs: dict[str, Any], seconds: float | None) -> StepRecord:
         plans = tuple((s.plan.mode, s.plan.text, s.leader and s.plan.refresh) for s in self.sites)
-        size = (*self.backbone.size(self.layout, inputs), info.batch, self.backbone.text(inputs))
+        size = (*self.backbone.size(self.layout, inputs), info.batch, self.backbone.text(self.denoiser, inputs))
         key = (size, plans)
         if key not in self._counts:
             self._counts[key] = self._count(*size)

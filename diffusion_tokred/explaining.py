@@ -195,7 +195,7 @@ def explain(
     driver = plan(denoiser, make_method(config), rule, 0, None)
     h, w = _latent_size(target, denoiser, height, width)
     h *= driver.backbone.frames(target, num_frames)  # a video is its frames, one below another
-    text = driver.backbone.prompt(target) if text_tokens is None else text_tokens
+    text = driver.backbone.prompt(denoiser, target) if text_tokens is None else text_tokens
     levels = driver.layout.levels
     grids = {v.index: g for v, g in zip(levels, driver.backbone.grids(denoiser, h, w), strict=True)}
     count = _Count(driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype)

@@ -14,8 +14,6 @@ from ..runtime.site import Block, Level, Site
 from .attention import FeedForwardSite, JointAttention, StreamAttention
 from .base import Backbone, Layout, default_of, register_backbone
 
-_REGISTERS = 8  # in every model of this class
-
 
 class AuraFlowJointAttention(JointAttention):
     """`attn` of a joint block: text and image come in separately."""
@@ -56,20 +54,20 @@ class AuraFlow(Backbone):
 
     def observe(self, layout: Layout, denoiser: Any, inputs: Mapping[str, Any]) -> None:
         super().observe(layout, denoiser, inputs)
-        layout.levels[0].start = denoiser.register_tokens.shape[1] + super().text(inputs)
+        layout.levels[0].start = self.text(denoiser, inputs)
 
-    def text(self, inputs: Mapping[str, Any]) -> int:
+    def text(self, denoiser: Any, inputs: Mapping[str, Any]) -> int:
         """Rows beside the image's: the register tokens count with the text."""
-        return _REGISTERS + super().text(inputs)
+        return _registers(denoiser) + super().text(denoiser, inputs)
 
-    def prompt(self, pipe: Any) -> int:
-        return _REGISTERS + (default_of(pipe, "max_sequence_length") or 256)
+    def prompt(self, denoiser: Any, pipe: Any) -> int:
+        return _registers(denoiser) + (default_of(pipe, "max_sequence_length") or 256)
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)
         yield denoiser.pos_embed.proj, h * w
         yield denoiser.time_step_proj, 1
-        yield denoiser.context_embedder, text - _REGISTERS
+        yield denoiser.context_embedder, text - _registers(denoiser)
         for block in denoiser.joint_transformer_blocks:
             yield block.norm1, 1
             yield block.norm1_context, 1
@@ -78,3 +76,7 @@ class AuraFlow(Backbone):
             yield block.norm1, 1
         yield denoiser.norm_out, 1
         yield denoiser.proj_out, h * w
+
+
+def _registers(denoiser: Any) -> int:
+    return int(denoiser.register_tokens.shape[1])

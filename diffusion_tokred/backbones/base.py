@@ -61,8 +61,8 @@ class Backbone:
         height, width = self.latent(inputs).shape[-2:]
         return int(height), int(width)
 
-    def text(self, inputs: Mapping[str, Any]) -> int:
-        """Text tokens of a sample in a call."""
+    def text(self, denoiser: Any, inputs: Mapping[str, Any]) -> int:
+        """Rows beside the image's in a call: the text tokens of a sample."""
         text = inputs.get("encoder_hidden_states")
         return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
 
@@ -72,7 +72,7 @@ class Backbone:
         for level, grid in zip(layout.levels, self.grids(denoiser, *self.size(layout, inputs)), strict=True):
             level.grid = grid
 
-    def prompt(self, pipe: Any) -> int:
+    def prompt(self, denoiser: Any, pipe: Any) -> int:
         """Text tokens that a pipeline pads its prompts to; `pipe` may be a bare denoiser. Default: its own default."""
         length = default_of(pipe, "max_sequence_length")
         if length is None:

@@ -24,7 +24,7 @@ class DiT(Backbone):
             sites += basic_sites(Block(index, f"transformer_blocks.{index}", module, denoiser.inner_dim), level)
         return Layout(sites, [level], [])
 
-    def prompt(self, pipe: Any) -> int:
+    def prompt(self, denoiser: Any, pipe: Any) -> int:
         return 0  # class labels
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:

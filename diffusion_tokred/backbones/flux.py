@@ -85,10 +85,10 @@ class Flux(Backbone):
 
     def observe(self, layout: Layout, denoiser: Any, inputs: Mapping[str, Any]) -> None:
         super().observe(layout, denoiser, inputs)
-        layout.levels[0].start = self.text(inputs)
+        layout.levels[0].start = self.text(denoiser, inputs)
 
-    def prompt(self, pipe: Any) -> int:
-        return 512 if isinstance(pipe, nn.Module) else super().prompt(pipe)
+    def prompt(self, denoiser: Any, pipe: Any) -> int:
+        return 512 if isinstance(pipe, nn.Module) else super().prompt(denoiser, pipe)
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)

@@ -100,7 +100,7 @@ class Lumina2(Backbone):
             sites.append(Lumina2FeedForward(f"{block.name}.feed_forward", module.feed_forward, block, level))
         return Layout(sites, [level], [])
 
-    def text(self, inputs: Mapping[str, Any]) -> Caption:
+    def text(self, denoiser: Any, inputs: Mapping[str, Any]) -> Caption:
         mask = inputs["encoder_attention_mask"]
         return Caption(self._tokens[mask] if mask in self._tokens else self._read(mask), mask.shape[1])
 

@@ -71,8 +71,8 @@ class QwenImage(Backbone):
             frames *= max(len(shapes) - 1, 1)
         return 2 * frames * height, 2 * width
 
-    def prompt(self, pipe: Any) -> int:
-        return 512 if isinstance(pipe, nn.Module) else super().prompt(pipe)
+    def prompt(self, denoiser: Any, pipe: Any) -> int:
+        return 512 if isinstance(pipe, nn.Module) else super().prompt(denoiser, pipe)
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)

@@ -29,7 +29,7 @@ class SD3(Backbone):
             sites.append(FeedForwardSite(f"{block.name}.ff", module.ff, block, level))
         return Layout(sites, [level], [])
 
-    def prompt(self, pipe: Any) -> int:
+    def prompt(self, denoiser: Any, pipe: Any) -> int:
         return 77 + (default_of(pipe, "max_sequence_length") or 256)  # CLIP's tokens and T5's
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:

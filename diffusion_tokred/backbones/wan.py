@@ -75,10 +75,10 @@ class Wan(Backbone):
         frames, height, width = self.latent(inputs).shape[-3:]
         return frames // patch_frames * (height - height % patch_height), int(width)
 
-    def text(self, inputs: Mapping[str, Any]) -> int:
+    def text(self, denoiser: Any, inputs: Mapping[str, Any]) -> int:
         """With the tokens of pictures, which stand beside the prompt's in cross-attention."""
         image, batch = inputs.get("encoder_hidden_states_image"), len(inputs["encoder_hidden_states"])
-        return super().text(inputs) + (0 if image is None else image.shape[0] * image.shape[1] // batch)
+        return super().text(denoiser, inputs) + (0 if image is None else image.shape[0] * image.shape[1] // batch)
 
     def frames(self, pipe: Any, num_frames: int | None) -> int:
         if isinstance(pipe, nn.Module):
@@ -86,7 +86,7 @@ class Wan(Backbone):
         count = num_frames or default_of(pipe, "num_frames") or 81
         return int((count - 1) // getattr(pipe, "vae_scale_factor_temporal", 4) + 1)
 
-    def prompt(self, pipe: Any) -> int:
+    def prompt(self, denoiser: Any, pipe: Any) -> int:
         model: Any = pipe if isinstance(pipe, nn.Module) else pipe.transformer or pipe.transformer_2
         return 512 + _pictures(model)  # the model itself counts on 512 where there are pictures
 

@@ -106,7 +106,7 @@ class ZImage(Backbone):
         patch = inputs.get("patch_size", 2)
         return (frames // inputs.get("f_patch_size", 1)) * (height // patch), width // patch
 
-    def text(self, inputs: Mapping[str, Any]) -> int:
+    def text(self, denoiser: Any, inputs: Mapping[str, Any]) -> int:
         """Rows beside the picture's in a layer: the longest prompt's, padded (a multiple of 32), and the picture's
         padding (fewer than 32)."""
         h, w = self._tokens(inputs)

@@ -58,48 +58,51 @@ def probe(name: str, wants: Callable[[Site], bool], needs: frozenset[str], act: 
 
 
 def grid(case: Case) -> str | None:
-    """Each site gets as many tokens as its level's grid has, and the grid is the right way round."""
-    plain = _first_input(case, bump=False)
-    bumped = _first_input(case, bump=True)
+    """Each site gets as many tokens as its level's grid has, in their places: a changed latent is found in its token,
+    at the first site of each kind. (Where convolutions come before it, as in a UNet, next to it and at the first.)"""
+    plain = _inputs(case, bump=False)
+    bumped = _inputs(case, bump=True)
     text = ", ".join(f"{h} x {w}" for h, w in dict.fromkeys(plain.grids))
-    if plain.image is None or bumped.x is None or plain.x is None:
+    if plain.image is None:
         return f"grids {text}; which way round was not looked at, the latent is no picture"
     (height, width), (row, column) = plain.image, plain.spot
-    (h, w) = plain.grids[0]
-    place = int((bumped.x - plain.x)[0].norm(dim=-1).argmax())
-    found, wanted = divmod(place, w), (row * h // height, column * w // width)
-    if max(abs(found[0] - wanted[0]), abs(found[1] - wanted[1])) > 1:
-        raise Broken(
-            f"in a grid of {h} x {w} tokens (rows x columns), a change at row {row}, column {column} of the "
-            f"{height} x {width} latent moves the token at {found} most, expected {wanted}: are "
-            "rows and columns swapped?"
-        )
+    convolved = bool(backbone_of(model_of(case.build())).layout(model_of(case.build())).images)
+    for name, ((h, w), x) in list(plain.x.items())[: 1 if convolved else None]:
+        place = int((bumped.x[name][1] - x)[0].norm(dim=-1).argmax())
+        found, wanted = divmod(place, w), (row * h // height, column * w // width)
+        if max(abs(found[0] - wanted[0]), abs(found[1] - wanted[1])) > int(convolved):
+            raise Broken(
+                f"at {name}, in a grid of {h} x {w} tokens (rows x columns), a change at row {row}, column {column} of "
+                f"the {height} x {width} latent moves the token at {found} most, expected {wanted}: are "
+                "rows and columns swapped, or does the image begin at another row (`start`)?"
+            )
     return f"grids {text}; a change in the latent is found in its token"
 
 
 class _Seen:
     def __init__(self) -> None:
         self.grids: list[tuple[int, int]] = []
-        self.x: Tensor | None = None
+        self.x: dict[str, tuple[tuple[int, int], Tensor]] = {}  # of the first site of each class: grid and tokens
         self.image: tuple[int, int] | None = None
         self.spot = (0, 0)
 
 
-def _first_input(case: Case, bump: bool) -> _Seen:
-    """One step at another size than the usual square: the grids, and what the first site is handed."""
-    pipe, seen = case.cast(torch.float64), _Seen()
+def _inputs(case: Case, bump: bool) -> _Seen:
+    """One step at another size than the usual square: the grids, and what the first site of each class is handed."""
+    pipe, seen, classes = case.cast(torch.float64), _Seen(), set()
 
     def act(call: Call) -> Out:
         seen.grids.append(call.grid)
-        if seen.x is None:
-            seen.x = call.x.clone()
+        if type(call.site) not in classes:
+            classes.add(type(call.site))
+            seen.x[call.site.name] = call.grid, call.x.clone()
         return call.compute()
 
     def change(module: Any, args: Any, kwargs: Any) -> Any:
         name = "hidden_states" if "hidden_states" in kwargs else "sample"
         sample = copy.deepcopy(sample_of(args, kwargs))  # a tensor, or a list of one for each picture
         first = sample[0]
-        if first.shape[:-2].numel() == model_of(pipe).config.in_channels and seen.x is None:  # one frame
+        if first.shape[:-2].numel() == model_of(pipe).config.in_channels and not seen.x:  # one frame
             seen.image = first.shape[-2:]
             seen.spot = row, column = first.shape[-2] // 2, first.shape[-1] - 1
             for picture in sample if bump else ():
