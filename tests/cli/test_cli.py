@@ -159,6 +159,7 @@ def test_ctrl_c_leaves_nothing(folder: Path, tmp_path: Path) -> None:
         import os, signal, sys
         from diffusion_tokred.cli import main
         from diffusers import StableDiffusionPipeline
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         count, real = 0, StableDiffusionPipeline.prepare_latents
 
         def interrupted(*args, **kwargs):
