@@ -12,6 +12,7 @@ import diffusion_tokred as tokred
 from diffusion_tokred import testing
 from diffusion_tokred.backbones import auraflow
 from diffusion_tokred.testing import families, tiny
+from tests.backbones.common import assert_flops
 from tests.contract.helpers import near
 from tests.reference import todo_model, tome_model
 
@@ -141,12 +142,7 @@ def test_register_tokens_are_no_image():
     ids=["tome", "tome-ff", "todo", "random-keep", "dense"],
 )  # fmt: skip
 def test_flops(options):
-    pipe = tokred.patch(families.auraflow(), **options)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tiny.run(pipe, steps=2, **SIZE)
-    found = tokred.report(pipe)
-    assert found.flops == counter.get_total_flops()
-    assert (found.flops < found.flops_dense) == ("policy" not in options)
+    assert_flops(families.auraflow, options, **SIZE)
 
 
 def test_explained_flops_are_the_runs():

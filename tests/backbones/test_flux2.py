@@ -1,18 +1,15 @@
 """FLUX.2, dev and klein: the contract, the methods by definition, FLOPs, pictures to edit, refusals."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion_tokred as tokred
 from diffusion_tokred import testing
 from diffusion_tokred.testing import families, tiny
+from tests.backbones.common import assert_defined, assert_flops
 from tests.contract.helpers import near
 from tests.reference import rotary_model
 
@@ -111,14 +108,7 @@ def install_single(block, method, grid):
 @pytest.mark.parametrize("method", ["tome", "todo"])
 def test_definition(method):
     """Two samples, so that each has its own matching."""
-    pipe = families.flux2().to(torch.float64)
-    other = copy.deepcopy(pipe)
-    plain = tiny.run(pipe, steps=1, batch=2, **SIZE)
-    tokred.patch(pipe, method=method, **(dict(randomize=False) if method == "tome" else {}))
-    ours = tiny.run(pipe, steps=1, batch=2, **SIZE)
-    install(other.transformer, method, (12, 8))
-    assert (ours - plain).abs().max() > 1e-3
-    near(ours, tiny.run(other, steps=1, batch=2, **SIZE), 1e-6)
+    assert_defined(families.flux2, install, method, **SIZE)
 
 
 # --- FLOPs, compiled, edits, refusals --------------------------------------------------------------------------------
@@ -131,10 +121,7 @@ def test_definition(method):
     ids=["tome", "tome-ff", "todo", "random-keep", "dense"],
 )  # fmt: skip
 def test_flops(options):
-    pipe = tokred.patch(families.flux2(), **options)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tiny.run(pipe, steps=2, **SIZE)
-    assert tokred.report(pipe).flops == counter.get_total_flops()
+    assert_flops(families.flux2, options, **SIZE)
 
 
 def deep(layers=12):

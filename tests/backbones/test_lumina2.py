@@ -1,16 +1,13 @@
 """Lumina 2: the contract, the methods by definition, FLOPs, prompts of several lengths, refusals."""
 
-import copy
-
 import pytest
 import torch
 from diffusers import Lumina2Transformer2DModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion_tokred as tokred
 from diffusion_tokred import testing
 from diffusion_tokred.testing import families, tiny
+from tests.backbones.common import assert_defined, assert_flops, each_option
 from tests.contract.helpers import near
 from tests.reference import rotary_model
 
@@ -66,34 +63,17 @@ def install(model, method, grid):
 @pytest.mark.parametrize("method", ["tome", "todo"])
 def test_definition(method):
     """Two samples, so that each has its own matching."""
-    pipe = families.lumina2().to(torch.float64)
-    other = copy.deepcopy(pipe)
-    plain = tiny.run(pipe, steps=1, batch=2, **SIZE)
-    tokred.patch(pipe, method=method, **(dict(randomize=False) if method == "tome" else {}))
-    ours = tiny.run(pipe, steps=1, batch=2, **SIZE)
-    install(other.transformer, method, (12, 8))
-    assert (ours - plain).abs().max() > 1e-3
-    near(ours, tiny.run(other, steps=1, batch=2, **SIZE), 1e-6)
+    assert_defined(families.lumina2, install, method, **SIZE)
 
 
 # --- FLOPs, compiled -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(method="tome"), dict(method="tome", merge_ff=True, ratio=0.7), dict(method="todo"),
-     dict(method="random-keep", feed_forward=True), dict(method="todo", policy=0.0)],
-    ids=["tome", "tome-ff", "todo", "random-keep", "dense"],
-)  # fmt: skip
+@each_option
 def test_flops(options):
     """The context refiner works on the padding too, the layers do not: 7 rows and 6 in the conditional pass."""
-    pipe = tokred.patch(families.lumina2(), **options)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tiny.run(pipe, steps=2, **SIZE)
-    found = tokred.report(pipe)
-    assert found.flops == counter.get_total_flops()
+    found = assert_flops(families.lumina2, options, **SIZE)
     assert found.steps[0].flops < found.steps[1].flops
-    assert (found.flops < found.flops_dense) == ("policy" not in options)
 
 
 def model(**config):

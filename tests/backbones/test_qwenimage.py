@@ -1,16 +1,13 @@
 """Qwen-Image: the contract, the methods by definition, FLOPs, edit and layered models, refusals."""
 
-import copy
-
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion_tokred as tokred
 from diffusion_tokred import testing
 from diffusion_tokred.testing import families, tiny
+from tests.backbones.common import assert_defined, assert_flops, each_option
 from tests.contract.helpers import near
 from tests.reference import rotary_model
 
@@ -71,30 +68,15 @@ def install(model, method, grid):
 @pytest.mark.parametrize("method", ["tome", "todo"])
 def test_definition(method):
     """Two samples, so that each has its own matching."""
-    pipe = families.qwenimage().to(torch.float64)
-    other = copy.deepcopy(pipe)
-    plain = tiny.run(pipe, steps=1, batch=2, **SIZE)
-    tokred.patch(pipe, method=method, **(dict(randomize=False) if method == "tome" else {}))
-    ours = tiny.run(pipe, steps=1, batch=2, **SIZE)
-    install(other.transformer, method, (12, 8))
-    assert (ours - plain).abs().max() > 1e-3
-    near(ours, tiny.run(other, steps=1, batch=2, **SIZE), 1e-6)
+    assert_defined(families.qwenimage, install, method, **SIZE)
 
 
 # --- FLOPs, compiled -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(method="tome"), dict(method="tome", merge_ff=True, ratio=0.7), dict(method="todo"),
-     dict(method="random-keep", feed_forward=True), dict(method="todo", policy=0.0)],
-    ids=["tome", "tome-ff", "todo", "random-keep", "dense"],
-)  # fmt: skip
+@each_option
 def test_flops(options):
-    pipe = tokred.patch(families.qwenimage(), **options)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tiny.run(pipe, steps=2, **SIZE)
-    assert tokred.report(pipe).flops == counter.get_total_flops()
+    assert_flops(families.qwenimage, options, **SIZE)
 
 
 def test_compiled(dynamo):

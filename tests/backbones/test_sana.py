@@ -12,6 +12,7 @@ import diffusion_tokred as tokred
 from diffusion_tokred import testing
 from diffusion_tokred.measure.shares import profile
 from diffusion_tokred.testing import families, tiny
+from tests.backbones.common import assert_flops
 from tests.contract.helpers import near
 from tests.reference import rotary_model, tome_model
 
@@ -67,12 +68,7 @@ def test_tome_definition():
     ids=["tome", "tome-cross", "random-keep", "dense"],
 )  # fmt: skip
 def test_flops(options):
-    pipe = tokred.patch(families.sana(), **options)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tiny.run(pipe, steps=2, **SIZE)
-    found = tokred.report(pipe)
-    assert found.flops == counter.get_total_flops()
-    assert (found.flops == found.flops_dense) == ("policy" in options)
+    assert_flops(families.sana, options, **SIZE)
 
 
 def test_shares():

@@ -1,7 +1,5 @@
 """Wan: the contract, the methods by definition, FLOPs, per-token times, start pictures, two experts, refusals."""
 
-import copy
-
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
@@ -11,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffusion_tokred as tokred
 from diffusion_tokred import testing
 from diffusion_tokred.testing import families, tiny
+from tests.backbones.common import assert_defined, assert_flops
 from tests.contract.helpers import near, same
 from tests.reference import rotary_model
 
@@ -58,14 +57,7 @@ def install(model, method, grid):
 @pytest.mark.parametrize("method", ["tome", "todo"])
 def test_definition(method):
     """Frames lie one below another. Two samples, so that each has its own matching."""
-    pipe = families.wan().to(torch.float64)
-    other = copy.deepcopy(pipe)
-    plain = tiny.run(pipe, steps=1, batch=2, **SMALL)
-    tokred.patch(pipe, method=method, **(dict(randomize=False) if method == "tome" else {}))
-    ours = tiny.run(pipe, steps=1, batch=2, **SMALL)
-    install(other.transformer, method, (12, 8))
-    assert (ours - plain).abs().max() > 1e-4
-    near(ours, tiny.run(other, steps=1, batch=2, **SMALL), 1e-6)
+    assert_defined(families.wan, install, method, least=1e-4, **SMALL)
 
 
 # --- FLOPs, compiled -------------------------------------------------------------------------------------------------
@@ -80,10 +72,7 @@ EVERYTHING = dict(merge_cross_attn=True, merge_ff=True)
     ids=["tome", "tome-all", "todo", "random-keep", "dense"],
 )  # fmt: skip
 def test_flops(options):
-    pipe = tokred.patch(families.wan(), **options)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tiny.run(pipe, steps=2, **SMALL)
-    assert tokred.report(pipe).flops == counter.get_total_flops()
+    assert_flops(families.wan, options, **SMALL)
 
 
 def model(**config):

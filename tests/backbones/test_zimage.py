@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion_tokred as tokred
 from diffusion_tokred import testing
 from diffusion_tokred.testing import families, tiny
+from tests.backbones.common import assert_flops, each_option
 from tests.contract.helpers import near, same
 from tests.reference import rotary_model
 
@@ -96,20 +95,10 @@ def test_offers_under_a_mask():
 # --- FLOPs, compiled -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(method="tome"), dict(method="tome", merge_ff=True, ratio=0.7), dict(method="todo"),
-     dict(method="random-keep", feed_forward=True), dict(method="todo", policy=0.0)],
-    ids=["tome", "tome-ff", "todo", "random-keep", "dense"],
-)  # fmt: skip
+@each_option
 @pytest.mark.parametrize("size", [SIZE, dict(height=32, width=32)], ids=["padded", "even"])
 def test_flops(options, size):
-    pipe = tokred.patch(families.zimage(), **options)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        tiny.run(pipe, steps=2, **size)
-    found = tokred.report(pipe)
-    assert found.flops == counter.get_total_flops()
-    assert (found.flops < found.flops_dense) == ("policy" not in options)
+    assert_flops(families.zimage, options, **size)
 
 
 _slow = pytest.mark.slow
