@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import Backbone, Layout
+from .errors import ConfigError
 from .measure.flops import Flops
 from .methods import Method
 from .runtime.ledger import Ledger
@@ -60,6 +61,7 @@ class Driver:
         self.flops = Flops(backbone, denoiser, layout.sites)
         self.report: Report | None = None
         self.info: StepInfo | None = None
+        self._allowed: set[tuple[str, float]] = set()
         self._memories: dict[tuple[Any, ...], Memory] = {}
         self._maps: list[tuple[int, str, dict[int, Tensor]]] = []
         self._counts: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
@@ -116,11 +118,16 @@ class Driver:
             level.halves, level.status, level.recording = info.halves, None, self.record == "tokens"
             level.scratch, level.running = {}, True
             level.key = torch.full((), mix(self.seed, info.index, level.index), dtype=torch.int64, device=sample.device)
-            key = (level.index, "" if self.method.shares_passes else info.pass_key, info.batch)
+            # What is kept is kept for these tokens: a call of another size has a memory of its own.
+            passes = "" if self.method.shares_passes else info.pass_key
+            key = (level.index, passes, info.batch, level.grid, sample.device)
             level.memory = self._memories.setdefault(key, Memory())
         led: set[int] = set()
         for site in self.sites:
             mode, ratio = self.policy.at(info.u, site.level.index, site.kind, site.block.index)
+            if (mode, ratio) not in self._allowed:  # a policy may be any function
+                self.method.allow(mode, ratio)
+                self._allowed.add((mode, ratio))
             memory = site.level.memory
             site.leader = mode != "full" and site.level.index not in led
             site.plan.set(mode, ratio)
@@ -137,7 +144,12 @@ class Driver:
                 memory.value, memory.prepared, memory.scratch = None, {}, {}
                 memory.index, memory.text = info.index, text
             if site.plan.mode != "full" and text not in memory.prepared:
-                memory.prepared[text] = self.method.prepare(site)
+                try:
+                    memory.prepared[text] = self.method.prepare(site)
+                except ConfigError:
+                    raise
+                except ValueError as error:  # the tokens' floor says what a grid is too small for
+                    raise ConfigError(f"{self.method.name} at {site.name}: {error}") from error
         if self.record == "time":
             _synchronize(sample)
             self._started = time.perf_counter()

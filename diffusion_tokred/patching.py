@@ -83,7 +83,10 @@ def patched(target: _T, config: MethodConfig | None = None, **options: Any) -> I
 
 
 def report(target: Any) -> Report | None:
-    """What the last finished run did, step by step; also after `unpatch`. None if no patched run has finished."""
+    """What the last finished run did, step by step; also after `unpatch`. None if no patched run has finished.
+
+    Of a pipeline with two denoisers (Wan 2.2) it is the first one's: ask `report(pipe.transformer_2)` for the other's.
+    """
     for denoiser in denoisers(target):
         if isinstance(driver := denoiser.__dict__.get("_tokred"), Driver):
             driver.publish()
@@ -166,10 +169,11 @@ def rule_of(config: MethodConfig, policy: Any) -> Policy:
     """The policy to run by, its points checked against what the method can do."""
     method = make_method(config)
     rule = Policy.constant(config.share) if policy is None else as_policy(policy)
-    for _, ratio, mode in rule.points:
-        method.check(ratio)
-        if mode not in method.modes:
-            raise ConfigError(f"{method.name} has no mode {mode!r}: its modes are {', '.join(method.modes)}")
+    asked = [(mode, ratio) for _, ratio, mode in rule.points]
+    if rule.function is not None:
+        asked += dict.fromkeys(rule.at(i / 100) for i in range(101))
+    for mode, ratio in asked:
+        method.allow(mode, ratio)
     return rule
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from ..errors import UnsupportedError
 from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
 from ..runtime.tap import Tap, follow, tapped, why_not
 from ..runtime.work import Weights, macs
+
+# Attention module -> its tap and tapped processor, as long as it lives: a compiled model that is patched again finds
+# the same code, and compiles nothing anew. They do not refer to the module.
+_TAPPING: weakref.WeakKeyDictionary[nn.Module, tuple[Tap, Any, Any]] = weakref.WeakKeyDictionary()
 
 
 class FeedForwardSite(Site):
@@ -47,9 +52,7 @@ class TappedSite(Site):
 
     def __init__(self, name: str, module: nn.Module, block: Block, level: Level) -> None:
         super().__init__(name, module, block, level)
-        self.tap = Tap()
-        self._own: Any = None
-        self._tapped: Any = None
+        self.tapping = _TAPPING.get(module) or (Tap(), None, None)
 
     @property
     def tapping(self) -> Any:
@@ -58,7 +61,9 @@ class TappedSite(Site):
 
     @tapping.setter
     def tapping(self, value: Any) -> None:
-        self.tap, self._own, self._tapped = value
+        self.tap: Tap = value[0]
+        self._own: Any = value[1]
+        self._tapped: Any = value[2]
 
     def attend(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any, text: int = 0) -> Any:
         """Call the module on `x`, through the tap where one is needed; `text`: rows that come in beside the image's."""
@@ -135,6 +140,8 @@ class TappedSite(Site):
         if self._own is not self.holder.processor:
             self._own = self.holder.processor
             self._tapped = tapped(self._own, self.tap, self.rotary)
+            if self.holder is self.module:
+                _TAPPING[self.module] = self.tapping
         else:
             follow(self._tapped, self._own, self.tap)
         self.holder.processor = self._tapped

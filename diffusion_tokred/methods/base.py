@@ -147,6 +147,16 @@ class Method:
         """
         raise NotImplementedError
 
+    def allow(self, mode: str, ratio: float) -> None:
+        """Refuse what a policy asks for and the method cannot do.
+
+        Raises:
+            ConfigError: with what is allowed.
+        """
+        self.check(ratio)
+        if mode not in self.modes:
+            raise ConfigError(f"{self.name} has no mode {mode!r}: its modes are {', '.join(self.modes)}")
+
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         """How many rows the site computes of one sample."""
         raise NotImplementedError

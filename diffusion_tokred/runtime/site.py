@@ -343,7 +343,7 @@ class Call:
 
     def note(self, status: Callable[[], Tensor]) -> None:
         """Say what became of each token, (B, N) uint8 of `TOKEN_STATES`; evaluated only when the run records it."""
-        if self.level.recording and self.site.leader:
+        if self.level.recording and self.level.status is None:  # by the level's first site that runs
             self.level.status = status()
 
 

@@ -59,7 +59,8 @@ class Tap:
 
     def attend(self, attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, dim: int, kwargs: Any) -> Tensor:
         """Call `attention` on edited keys and values. Tokens are on axis `dim`: (B, H, S, D) or (B, S, H, D)."""
-        if k.shape[dim] != self.length:  # another attention in the same processor: an IP-Adapter's
+        if k.shape[dim] != self.length or q.shape[dim] != self.length:
+            # Another attention in the same processor: an IP-Adapter's.
             return attention(q, k, v, **kwargs)
         if self.watch is not None:
             self.watch(*((q, k, v) if dim == 2 else (t.transpose(1, 2) for t in (q, k, v))))

@@ -122,3 +122,17 @@ def test_inductor(kind, config, dynamo):
     tiny.denoiser(pipe).compile(fullgraph=True)
     near(run(pipe), reduced(kind, config), 1e-3)
     graphs(dynamo)
+
+
+def test_patched_again_compiles_nothing(dynamo):
+    """An app that goes to and fro between patched and unpatched, on a compiled model."""
+    pipe = tiny.sd3()
+    whole(pipe)
+    counts = []
+    for _ in range(3):
+        patch(pipe, "sd3", "todo")
+        near(run(pipe), reduced("sd3", "todo"), 1e-5)
+        tokred.unpatch(pipe)
+        near(run(pipe), dense("sd3"), 1e-5)
+        counts.append(graphs(dynamo))
+    assert counts[0] == counts[-1]

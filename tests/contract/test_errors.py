@@ -205,3 +205,29 @@ def test_unknown_keyword_of_from_dict():
         tokred.MethodConfig.from_dict(data | {"ratoi": 1})
     with pytest.raises(tokred.ConfigError, match="unknown method"):
         tokred.MethodConfig.from_dict({"_version": 1, "_type": "nothing"})
+
+
+@pytest.mark.parametrize(
+    ("policy", "says"),
+    [(lambda u: (0.5, "reuse"), "no mode 'reuse'"), (lambda u: 0.9 if u < 0.3 else 0.5, r"not in \[0, 0\.75\]")],
+    ids=["mode", "ratio"],
+)
+def test_a_function_is_checked_like_points(policy, says):
+    pipe = tiny.sd3()
+    with pytest.raises(tokred.ConfigError, match=says):
+        tokred.patch(pipe, method="tome", policy=policy)
+    assert "_tokred" not in vars(pipe.transformer)
+
+
+def test_a_function_that_hides_it_is_told_in_the_run():
+    pipe = tokred.patch(
+        tiny.sd3(), method="tome", policy=lambda u: 0.9 if u not in {i / 100 for i in range(101)} else 0.5
+    )
+    with pytest.raises(tokred.ConfigError, match=r"0\.9 is not in"):
+        run(pipe, steps=3)
+
+
+def test_a_grid_that_is_too_small_is_told():
+    pipe = tokred.patch(tiny.sd3(), method="tome", sx=16, sy=16)
+    with pytest.raises(tokred.ConfigError, match=r"tome at .*: a grid of 8 x 8 tokens holds no complete cell"):
+        run(pipe)

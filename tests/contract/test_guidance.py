@@ -106,10 +106,11 @@ def test_unconditional_half_does_not_see_the_other(kind, config):
 @pytest.mark.parametrize("config", ["tome", "tome-reuse", "tome-share", "todo"])
 def test_skip_layer_guidance(config):
     """SD3's third pass has half the batch and leaves out blocks, here the first: the one that leads the level."""
-    pipe = patch(tiny.sd3(), "sd3", config)
+    pipe = patch(tiny.sd3(), "sd3", config, record="tokens")
     more = dict(steps=4, skip_guidance_layers=[0], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
     once = run(pipe, **more)
     assert any(s.pass_key == "1" for s in tokred.report(pipe).steps)
+    assert (tokred.report(pipe).token_map[1, :3] != 0).any((1, 2, 3)).all()  # the third pass's too
     assert same(run(pipe, **more), once)
     plain = tiny.run(tiny.sd3(), **more)
     assert (once - plain).abs().max() > 1e-3

@@ -281,3 +281,25 @@ def test_patch_and_unpatch_in_the_middle_of_a_run():
     out = run(pipe, steps=3, callback_on_step_end=switch)
     assert torch.isfinite(out).all() and not torch.equal(out, dense("sd", steps=3))
     assert same(run(pipe), dense("sd"))
+
+
+@pytest.mark.parametrize("options", [dict(method="todo"), dict(method="tome", reuse_every=4, randomize=False)], ids=str)
+@torch.no_grad()
+def test_another_size_in_the_same_run(options):
+    """Calls of a bare denoiser, and loops that raise the resolution: what was kept is for another grid."""
+    model = tiny.denoiser(PIPES["flux"]())
+
+    def call(rows, columns):
+        draws = torch.Generator().manual_seed(rows)
+        x = torch.randn(1, rows * columns, model.config.in_channels, generator=draws)
+        text, pooled = torch.ones(1, 7, tiny.TEXT), torch.ones(1, tiny.POOLED)
+        ids = torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
+        return model(x, text, pooled, torch.tensor([0.5]), ids, torch.zeros(7, 3), return_dict=False)[0]
+
+    fresh = []
+    for size in ((16, 8), (8, 16), (16, 16), (8, 8)):
+        tokred.patch(model, **options)
+        fresh.append(call(*size))
+        tokred.unpatch(model)
+    tokred.patch(model, **options)
+    assert all(same(call(*size), want) for size, want in zip(((16, 8), (8, 16), (16, 16), (8, 8)), fresh, strict=True))

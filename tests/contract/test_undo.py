@@ -37,22 +37,22 @@ def test_nothing_is_left(kind, config):
     run(pipe)  # attributes that a run itself sets
     model = tiny.denoiser(pipe)
     before, pipe_before, scheduler_before = Snapshot(model), dict(vars(pipe)), dict(vars(pipe.scheduler))
-    gc.collect()
-    private = private_modules()
-
     assert patch(pipe, kind, config) is pipe
     assert before.differences(model)
     assert vars(pipe) == pipe_before and vars(pipe.scheduler) == scheduler_before
     assert tokred.unpatch(pipe) is pipe  # before any run
     assert before.differences(model) == []
 
-    patch(pipe, kind, config)
-    assert same(run(pipe), reduced(kind, config))
-    tokred.unpatch(pipe)
-    assert before.differences(model) == []
-    assert vars(pipe).keys() == pipe_before.keys() and vars(pipe.scheduler).keys() == scheduler_before.keys()
-    gc.collect()
-    assert private_modules() == private
+    private = []  # a tap's modules live as long as the model, and are no more each time it is patched
+    for _ in range(2):
+        patch(pipe, kind, config)
+        assert same(run(pipe), reduced(kind, config))
+        tokred.unpatch(pipe)
+        assert before.differences(model) == []
+        assert vars(pipe).keys() == pipe_before.keys() and vars(pipe.scheduler).keys() == scheduler_before.keys()
+        gc.collect()
+        private.append(private_modules())
+    assert private[0] == private[1]
     assert same(run(pipe), dense(kind))
 
 
@@ -338,13 +338,18 @@ def test_state_dict_has_the_same_keys():
     assert [n for n, _ in pipe.transformer.named_modules()] == [n for n, _ in tiny.sd3().transformer.named_modules()]
 
 
-def test_a_patched_pipeline_can_be_freed():
+@pytest.mark.parametrize("unpatched", [False, True])
+def test_a_patched_pipeline_can_be_freed(unpatched):
     import weakref
 
+    others = private_modules()
     pipe = patch(tiny.sd3(), "sd3", "todo", record="tokens")
     run(pipe)
+    assert set(private_modules()) - set(others)
+    if unpatched:
+        tokred.unpatch(pipe)
     model = weakref.ref(pipe.transformer)
     del pipe
     gc.collect()
     assert model() is None
-    assert private_modules() == []
+    assert not set(private_modules()) - set(others)
