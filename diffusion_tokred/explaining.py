@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .backbones.base import Backbone, default_of
 from .driver import Driver
 from .errors import ConfigError, UnsupportedError
 from .methods import MethodConfig, make_method
@@ -75,7 +76,7 @@ class Explanation:
 
     Attributes:
         method, config, model: as in `Report`.
-        height, width: of the latents; batch: rows of a denoiser call, guidance included; text_tokens: of a row.
+        height, width: of the latents; batch: rows of a step, guidance included; text_tokens: of a prompt.
         calls: denoiser calls that `flops` adds up: 1, or the steps of the run.
         sites, levels: see their classes; with several steps, at the step with the largest ratio.
         flops: kind of site -> (dense, reduced), with "method" (what the method spends itself, on matching), "rest"
@@ -163,7 +164,7 @@ def explain(
     width: int | None = None,
     num_inference_steps: int | None = None,
     batch_size: int = 1,
-    guidance: bool = True,
+    guidance: bool | None = None,
     dtype: torch.dtype | None = None,
     text_tokens: int | None = None,
     num_frames: int | None = None,
@@ -173,13 +174,15 @@ def explain(
 
     Args:
         target, config, method, policy, options: as in `patch`.
-        height, width: in pixels for a pipeline, of the latents for a denoiser; default: its native size.
+        height, width: in pixels for a pipeline, of the latents for a denoiser; default: the pipeline's own, or the
+            denoiser's native size.
         num_inference_steps: count a run of so many steps, planned with a copy of the pipeline's scheduler; else one
             denoiser call, at the policy's largest ratio.
         batch_size: images at a time.
-        guidance: whether each image has a conditional and an unconditional row.
+        guidance: whether each image has a conditional and an unconditional row; default: what the pipeline does when it
+            is not told. FLUX and models that take the scale of the guidance as an input have one row.
         dtype: of what is kept from step to step; default: the denoiser's.
-        text_tokens: of a prompt; default: what the pipeline pads its prompts to.
+        text_tokens: of a prompt, without rows that the model adds; default: what the pipeline pads its prompts to.
         num_frames: of a video, of its latents for a denoiser; default: the pipeline's own.
 
     Raises:
@@ -193,16 +196,19 @@ def explain(
             raise ConfigError(f"{name} must be at least 1, got {value}")
     denoiser: Any = denoisers(target)[0]
     driver = plan(denoiser, make_method(config), rule, 0, None)
-    h, w = _latent_size(target, denoiser, height, width)
-    h *= driver.backbone.frames(target, num_frames)  # a video is its frames, one below another
-    text = driver.backbone.prompt(denoiser, target) if text_tokens is None else text_tokens
+    backbone = driver.backbone
+    h, w = _latent_size(target, denoiser, backbone, height, width)
+    h *= backbone.frames(target, num_frames)  # a video is its frames, one below another
+    text = backbone.prompt(denoiser, target) if text_tokens is None else text_tokens
+    if guidance is None:
+        guidance = backbone.guided(denoiser, target)
     levels = driver.layout.levels
-    grids = {v.index: g for v, g in zip(levels, driver.backbone.grids(denoiser, h, w), strict=True)}
+    grids = {v.index: g for v, g in zip(levels, backbone.grids(denoiser, h, w), strict=True)}
     count = _Count(driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype)
     if num_inference_steps is None:
         noise = [_strongest(rule)]
     else:
-        noise = _noise(target, rule, num_inference_steps, math.prod(grids[levels[0].index]))
+        noise = _noise(target, backbone, rule, num_inference_steps, math.prod(grids[levels[0].index]))
     for index, u in enumerate(noise):
         count.step(index, u)
     return count.explanation(_warnings(count, rule, num_inference_steps), bool(num_inference_steps))
@@ -216,7 +222,8 @@ class _Count:
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         self.driver, self.grids, self.dtype = driver, grids, dtype
-        self.size = (height, width, batch, text, grids)
+        self.text = text
+        self.size = (height, width, batch, driver.backbone.beside(driver.denoiser, text, height, width), grids)
         self.dense = driver.flops.parts(*self.size)
         self.reduced = dict.fromkeys(self.dense, 0)
         self.touched = 0  # FLOPs of the dense steps at the sites that are reduced
@@ -272,7 +279,7 @@ class _Count:
         sites = tuple(self._site(site) for site in driver.layout.sites)
         flops = {kind: (calls * n, self.reduced[kind]) for kind, n in self.dense.items()}
         flops["total"] = (calls * sum(self.dense.values()), sum(self.reduced.values()))
-        height, width, batch, text, _ = self.size
+        height, width, batch, _, _ = self.size
         return Explanation(
             method=driver.method.name,
             config=driver.method.config.to_dict(),
@@ -280,7 +287,7 @@ class _Count:
             height=height,
             width=width,
             batch=batch,
-            text_tokens=text,
+            text_tokens=self.text,
             calls=calls,
             sites=sites,
             levels=tuple(self._level(level.index, sites) for level in driver.layout.levels),
@@ -347,20 +354,41 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
     return found
 
 
-def _latent_size(target: Any, denoiser: Any, height: int | None, width: int | None) -> tuple[int, int]:
+def _latent_size(
+    target: Any, denoiser: Any, backbone: Backbone, height: int | None, width: int | None
+) -> tuple[int, int]:
     """Height and width of the latents."""
-    known: Any = getattr(target, "vae_scale_factor", None) or getattr(target, "vae_scale_factor_spatial", 8)
-    scale = 1 if isinstance(target, nn.Module) else int(known)
+    is_pipe = not isinstance(target, nn.Module)
+    scale = _scale(target) if is_pipe else 1
     native = denoiser.config.get("sample_size") or getattr(target, "default_sample_size", None)
     sides: list[Any] = list(native) if isinstance(native, (tuple, list)) else [native, native]
     for place, (name, value) in enumerate((("height", height), ("width", width))):
+        own = default_of(target, name)
+        if own and not (sides[place] and default_of(target, "use_resolution_binning")):  # that ends at the native size
+            sides[place] = own // scale
+        if sides[place] is None and backbone.native and is_pipe:
+            sides[place] = backbone.native // scale
         if value is not None:
             if value < scale or value % scale:
                 raise ConfigError(f"{name} must be a multiple of {scale} pixels here, got {value}")
+            if backbone.only_native and is_pipe and value != sides[place] * scale:
+                raise ConfigError(
+                    f"{type(target).__name__} makes pictures of {sides[0] * scale}x{sides[1] * scale} pixels only, "
+                    f"got {name}={value}"
+                )
             sides[place] = value // scale
         if sides[place] is None:
             raise ConfigError(f"this {type(denoiser).__name__} has no native size: give height and width")
     return int(sides[0]), int(sides[1])
+
+
+def _scale(pipe: Any) -> int:
+    """Pixels of a latent's side."""
+    for name in ("vae_scale_factor", "vae_scale_factor_spatial"):
+        if known := getattr(pipe, name, None):
+            return int(known)
+    halvings = getattr(getattr(pipe, "vae", None), "config", {}).get("block_out_channels", (0,) * 4)
+    return int(2 ** (len(halvings) - 1))
 
 
 def _strongest(rule: Policy) -> float:
@@ -369,10 +397,10 @@ def _strongest(rule: Policy) -> float:
     return max(levels, key=lambda u: rule.at(u)[1])
 
 
-def _noise(target: Any, rule: Policy, steps: int, tokens: int) -> list[float]:
-    """The noise level at each denoiser call of a run, nan where unknown, from a copy of the pipeline's scheduler.
+def _noise(target: Any, backbone: Backbone, rule: Policy, steps: int, tokens: int) -> list[float]:
+    """The noise level at each step of a run, nan where unknown, from a copy of the pipeline's scheduler.
 
-    `tokens`: of the picture, which flow matching's dynamic shift depends on.
+    `tokens`: of the picture.
     """
     scheduler = copy.deepcopy(getattr(target, "scheduler", None))
     if scheduler is None:
@@ -380,13 +408,7 @@ def _noise(target: Any, rule: Policy, steps: int, tokens: int) -> list[float]:
             raise ConfigError("the policy depends on the noise level, and only a pipeline's scheduler knows it: "
                               "explain the pipeline, not its denoiser")  # fmt: skip
         return [math.nan] * steps
-    known = scheduler.config
-    arguments: dict[str, float] = {}
-    if known.get("use_dynamic_shifting"):
-        low, high = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
-        start, end = known.get("base_shift", 0.5), known.get("max_shift", 1.15)
-        arguments["mu"] = start + (end - start) * (tokens - low) / (high - low)
-    scheduler.set_timesteps(steps, **arguments)
+    backbone.timesteps(target, scheduler, steps, tokens)
     try:
         return noise_levels(scheduler)
     except UnsupportedError:  # as in a run: a policy that needs to know will say so

@@ -12,7 +12,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 
 import diffusion_tokred as tokred
+from diffusion_tokred.backbones import backbone_of
 from diffusion_tokred.testing import families, tiny
+from diffusion_tokred.testing.passes import pass_count
 from diffusion_tokred.tokens import Merge
 
 # A block of the tiny sd's level 0: N = 16 x 16 tokens, d = 32 channels; D = 64 destinations, S = 192 sources.
@@ -84,6 +86,53 @@ def test_same_as_the_run(name: str, options: dict[str, Any], size: tuple[int, in
     assert found.flops["total"] == (report.flops_dense, report.flops)
     if "policy" in options:
         assert len({s.ratio for s in found.steps}) > 1
+
+
+ALL = tiny.BUILDERS | families.BUILDERS
+# Uneven, where the pipeline allows it: neither the picture's tokens nor the prompt's are multiples of 32.
+SIZES = {"dit": (32, 32), "sana": (32, 64), "wan": (48, 32)}
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [(name, method) for name in ALL for method in ("tome", "todo") if (name, method) != ("sana", "todo")],  # refused
+)
+def test_every_family_as_the_run(name: str, method: str) -> None:
+    """Step by step; a step's passes of guidance are one step of the plan, with the rows of all of them."""
+    pipe = ALL[name]()
+    height, width = SIZES.get(name, (40, 24))
+    asked: dict[str, Any] = {} if name == "dit" else dict(height=height, width=width)
+    more: dict[str, Any] = {}
+    if name == "lumina2":  # by design: the run's text has the rows that masks leave it, 6 in the tiny pipeline's prompt
+        more = dict(prompt_attention_mask=torch.ones(1, 7, dtype=torch.long))
+    levels = tokred.explain(pipe, method=method, num_inference_steps=4, height=height, width=width).steps
+    ratio = 0.75 if method == "todo" else 0.5
+    policy = [((levels[1].u + levels[2].u) / 2, ratio), ((levels[2].u + levels[3].u) / 2, 0.0)]
+    rows, calls = pass_count(pipe, lambda pipe, **kw: tiny.run(pipe, **asked, **more, **kw))
+    found = tokred.explain(
+        pipe,
+        method=method,
+        policy=policy,
+        height=height,
+        width=width,
+        num_inference_steps=4,
+        guidance=rows * calls == 2,
+        text_tokens=0 if name == "dit" else 7,
+        num_frames=5 if name == "wan" else None,
+    )
+    tokred.patch(pipe, method=method, policy=policy)
+    tiny.run(pipe, steps=4, **asked, **more)
+    report = tokred.report(pipe)
+    assert len(found.steps) * calls == len(report.steps) == 4 * calls
+    for plan in found.steps:
+        passes = [record for record in report.steps if record.index == plan.index]
+        assert len(passes) == calls
+        assert [record.u for record in passes] == pytest.approx([plan.u] * calls, abs=1e-6)
+        assert {(record.mode, record.ratio) for record in passes} == {(plan.mode, plan.ratio)}
+        assert plan.flops == sum(record.flops for record in passes)
+    assert found.flops["total"] == (report.flops_dense, report.flops)
+    assert {step.ratio for step in found.steps} == {0.0, ratio}
+    assert found.text_tokens == (0 if name == "dit" else 7)
 
 
 def test_schedulers_with_more_calls_than_steps() -> None:
@@ -245,3 +294,62 @@ def test_a_video_is_its_frames_one_below_another() -> None:
         tokred.explain(tiny.sd(), method="tome", num_frames=5)
     with pytest.raises(tokred.ConfigError, match="num_frames"):
         tokred.explain(pipe, method="tome", num_frames=0)
+
+
+@pytest.mark.parametrize("name, rows", [("flux", 1), ("flux2", 1), ("flux2_klein", 2), ("sd", 2), ("zimage", 2)])
+def test_default_guidance(name: str, rows: int) -> None:
+    """What the pipeline does when it is not told."""
+    pipe = ALL[name]()
+    for target in (pipe, tiny.denoiser(pipe)):
+        size = dict(height=32, width=32)
+        assert tokred.explain(target, method="todo", **size).batch == rows
+        assert tokred.explain(target, method="todo", guidance=True, **size).batch == 2
+        assert tokred.explain(target, method="todo", guidance=False, **size).batch == 1
+
+
+def test_distilled_models_have_no_guidance() -> None:
+    klein = families.flux2_klein()
+    klein.register_to_config(is_distilled=True)
+    assert tokred.explain(klein, method="todo").batch == 1
+    lcm = tiny.sd()
+    lcm.unet.register_to_config(time_cond_proj_dim=256)
+    assert tokred.explain(lcm, method="todo").batch == 1
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [("wan", (480, 832)), ("zimage", (1024, 1024)), ("auraflow", (1024, 1024)), ("sana", (32, 32)), ("sd", (32, 32))],
+)
+def test_default_size(name: str, size: tuple[int, int]) -> None:
+    """The pipeline's own; Sana's bins bring its 1024 down to the model's size."""
+    pipe = ALL[name]()
+    found = tokred.explain(pipe, method="tome", num_frames=1)
+    assert (2 * found.height, 2 * found.width) == size
+
+
+def test_dit_has_one_size() -> None:
+    pipe = tiny.dit()
+    assert tokred.explain(pipe, method="todo", height=32, width=32) == tokred.explain(pipe, method="todo")
+    with pytest.raises(tokred.ConfigError, match="DiTPipeline makes pictures of 32x32 pixels only, got height=64"):
+        tokred.explain(pipe, method="todo", height=64, width=64)
+
+
+def test_rows_beside_the_picture() -> None:
+    """Z-Image pads its prompt, and 10 x 6 tokens of a picture, to multiples of 32; AuraFlow has 8 rows of its own."""
+    for name, tokens, rows in (("zimage", 100, 128 + 4), ("auraflow", 100, 108), ("sd3", 100, 100)):
+        pipe = ALL[name]()
+        model = tiny.denoiser(pipe)
+        assert tokred.explain(pipe, method="todo", height=40, width=24, text_tokens=tokens).text_tokens == tokens
+        assert backbone_of(model).beside(model, tokens, 20, 12) == rows
+
+
+def test_own_noise_levels_of_a_subclass() -> None:
+    """Helpers are found beside the pipeline's ancestors; without any, flow matching's usual shift is taken."""
+    pipe = families.flux2()
+    steps = tokred.explain(pipe, method="todo", num_inference_steps=4).steps
+    pipe.__class__ = type("Mine", (type(pipe),), {})
+    assert tokred.explain(pipe, method="todo", num_inference_steps=4).steps == steps
+    bare = type("Bare", (), {})()
+    bare.transformer, bare.scheduler, bare.config = pipe.transformer, pipe.scheduler, {}
+    other = tokred.explain(bare, method="todo", height=128, width=128, num_inference_steps=4).steps
+    assert other[0].u == steps[0].u == 1.0 and other[1].u != steps[1].u

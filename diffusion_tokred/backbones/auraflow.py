@@ -61,7 +61,10 @@ class AuraFlow(Backbone):
         return _registers(denoiser) + super().text(denoiser, inputs)
 
     def prompt(self, denoiser: Any, pipe: Any) -> int:
-        return _registers(denoiser) + (default_of(pipe, "max_sequence_length") or 256)
+        return default_of(pipe, "max_sequence_length") or 256
+
+    def beside(self, denoiser: Any, tokens: int, height: int, width: int) -> int:
+        return _registers(denoiser) + tokens
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
@@ -35,12 +37,16 @@ class Backbone:
         models: class names of the denoisers it knows.
         sites: the site classes it makes, which say what each kind offers.
         sample: the denoiser's argument that holds the noisy latents.
+        native: side of a pipeline's pictures in pixels, where neither a config nor a default says it.
+        only_native: whether its pipelines make pictures of that size alone.
     """
 
     name = ""
     models: tuple[str, ...] = ()
     sites: tuple[type[Site], ...] = ()
     sample = "hidden_states"
+    native: int | None = None
+    only_native = False
 
     def layout(self, denoiser: Any) -> Layout:
         """Find the sites. Reads the denoiser, changes nothing."""
@@ -78,6 +84,35 @@ class Backbone:
         if length is None:
             length = getattr(getattr(pipe, "tokenizer", None), "model_max_length", 77)
         return length if length <= 4096 else 77  # transformers writes "no limit" as 10**30
+
+    def beside(self, denoiser: Any, tokens: int, height: int, width: int) -> int:
+        """What `text` says in a call with a prompt of `tokens` and latents of `height` x `width`. Default: `tokens`."""
+        return tokens
+
+    def guided(self, denoiser: Any, pipe: Any) -> bool:
+        """Whether a pipeline has an unconditional row for each picture, if it is not told. Default: yes, unless the
+        scale of the guidance is an input of the model."""
+        return not denoiser.config.get("guidance_embeds", False)
+
+    def sigmas(self, pipe: Any, steps: int) -> list[float] | None:
+        """Noise levels that a pipeline hands to its scheduler for a run. Default: None, it leaves them to that."""
+        return None
+
+    def timesteps(self, pipe: Any, scheduler: Any, steps: int, tokens: int) -> None:
+        """Set `scheduler`, a copy, as the pipeline does for a run.
+
+        Args:
+            tokens: of the picture, which flow matching's dynamic shift depends on.
+        """
+        arguments: dict[str, Any] = {}
+        known, sigmas = scheduler.config, self.sigmas(pipe, steps)
+        if known.get("use_dynamic_shifting"):
+            arguments["mu"] = _shift(pipe, known, steps, tokens)
+        takes = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+        if sigmas is None or known.get("use_flow_sigmas") or not takes:
+            scheduler.set_timesteps(steps, **arguments)
+        else:
+            scheduler.set_timesteps(sigmas=sigmas, **arguments)
 
     def frames(self, pipe: Any, num_frames: int | None) -> int:
         """Latent frames of a video of `num_frames` (default: the pipeline's own); 1 for pictures.
@@ -121,6 +156,28 @@ def default_of(pipe: Any, argument: str) -> Any:
     """Default of an argument of a pipeline's call; None if it has no such argument."""
     known = {} if isinstance(pipe, nn.Module) else inspect.signature(type(pipe).__call__).parameters
     return known[argument].default if argument in known else None
+
+
+def helper_of(pipe: Any, name: str) -> Callable[..., Any] | None:
+    """A function beside a pipeline's class, or beside one of its ancestors; None if there is none."""
+    modules = [sys.modules.get(kind.__module__) for kind in type(pipe).__mro__]
+    return next((getattr(module, name) for module in modules if hasattr(module, name)), None)
+
+
+def even_sigmas(steps: int) -> list[float]:
+    """For `Backbone.sigmas`: from 1 to 1 / steps, as most pipelines of flow matching have it."""
+    return [float(sigma) for sigma in np.linspace(1.0, 1 / steps, steps)]
+
+
+def _shift(pipe: Any, known: Mapping[str, Any], steps: int, tokens: int) -> float:
+    """`mu` of a run, by the pipeline's own arithmetic where it has some."""
+    if (empirical := helper_of(pipe, "compute_empirical_mu")) is not None:
+        return float(empirical(image_seq_len=tokens, num_steps=steps))
+    low, high = known.get("base_image_seq_len", 256), known.get("max_image_seq_len", 4096)
+    start, end = known.get("base_shift", 0.5), known.get("max_shift", 1.15)
+    if (linear := helper_of(pipe, "calculate_shift")) is not None:
+        return float(linear(tokens, low, high, start, end))
+    return float(start + (end - start) * (tokens - low) / (high - low))
 
 
 def attention_core(attention: Any, rows: int) -> nn.Module:

@@ -17,6 +17,7 @@ class DiT(Backbone):
     name = "dit"
     models = ("DiTTransformer2DModel",)
     sites = (SelfAttention, FeedForwardSite)
+    only_native = True
 
     def layout(self, denoiser: Any) -> Layout:
         level, sites = Level(0), list[Site]()

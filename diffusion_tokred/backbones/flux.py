@@ -14,7 +14,7 @@ from torch import nn
 
 from ..runtime.site import Block, Level, Site
 from .attention import FeedForwardSite, JointAttention, ParallelSite, StreamAttention
-from .base import Backbone, Layout, register_backbone
+from .base import Backbone, Layout, even_sigmas, register_backbone
 
 _OFFERS = frozenset({"at", "kv_select", "cache", "watch"})
 _LACKS = {"kv": "rotary keys can be chosen, not averaged: use mode='nearest'"}
@@ -89,6 +89,12 @@ class Flux(Backbone):
 
     def prompt(self, denoiser: Any, pipe: Any) -> int:
         return 512 if isinstance(pipe, nn.Module) else super().prompt(denoiser, pipe)
+
+    def sigmas(self, pipe: Any, steps: int) -> list[float] | None:
+        return even_sigmas(steps)
+
+    def guided(self, denoiser: Any, pipe: Any) -> bool:
+        return False  # true guidance is asked for, with a negative prompt
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)

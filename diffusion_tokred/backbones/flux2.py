@@ -112,6 +112,10 @@ class Flux2(Flux):
             raise UnsupportedError(_KV_CACHE)
         super().observe(layout, denoiser, inputs)
 
+    def guided(self, denoiser: Any, pipe: Any) -> bool:
+        distilled = not isinstance(pipe, nn.Module) and pipe.config.get("is_distilled", False)
+        return not (denoiser.config.guidance_embeds or distilled)
+
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)
         yield denoiser.x_embedder, h * w

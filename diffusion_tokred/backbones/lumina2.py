@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..runtime.site import Block, Call, Level, Site
 from ..runtime.work import Weights, macs
 from .attention import FeedForwardSite, StreamAttention, take
-from .base import Backbone, Layout, attention_core, register_backbone
+from .base import Backbone, Layout, attention_core, even_sigmas, register_backbone
 
 
 class Lumina2Attention(StreamAttention):
@@ -118,6 +118,13 @@ class Lumina2(Backbone):
             )
         self._tokens[mask] = lengths[0]
         return lengths[0]
+
+    def sigmas(self, pipe: Any, steps: int) -> list[float] | None:
+        return even_sigmas(steps)
+
+    def timesteps(self, pipe: Any, scheduler: Any, steps: int, tokens: int) -> None:
+        """The pipeline takes the latents' channels for their tokens."""
+        super().timesteps(pipe, scheduler, steps, pipe.transformer.config.in_channels)
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)

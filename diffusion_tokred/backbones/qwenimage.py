@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..runtime.site import Block, Level, Site
 from .attention import FeedForwardSite, JointAttention
-from .base import Backbone, Layout, register_backbone
+from .base import Backbone, Layout, even_sigmas, register_backbone
 
 
 class QwenJointAttention(JointAttention):
@@ -73,6 +73,9 @@ class QwenImage(Backbone):
 
     def prompt(self, denoiser: Any, pipe: Any) -> int:
         return 512 if isinstance(pipe, nn.Module) else super().prompt(denoiser, pipe)
+
+    def sigmas(self, pipe: Any, steps: int) -> list[float] | None:
+        return even_sigmas(steps)
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)

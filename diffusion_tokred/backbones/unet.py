@@ -50,6 +50,9 @@ class UNet(Backbone):
         for level, grid in zip(layout.levels, layout.notes["grids"], strict=True):
             level.grid = grid
 
+    def guided(self, denoiser: Any, pipe: Any) -> bool:
+        return denoiser.config.get("time_cond_proj_dim") is None  # as LCMs have it, for the scale of the guidance
+
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         sizes = [h * w for h, w in _sizes(denoiser, height, width)]
         yield denoiser.conv_in, sizes[0]

@@ -87,8 +87,11 @@ class Wan(Backbone):
         return int((count - 1) // getattr(pipe, "vae_scale_factor_temporal", 4) + 1)
 
     def prompt(self, denoiser: Any, pipe: Any) -> int:
-        model: Any = pipe if isinstance(pipe, nn.Module) else pipe.transformer or pipe.transformer_2
-        return 512 + _pictures(model)  # the model itself counts on 512 where there are pictures
+        return 512
+
+    def beside(self, denoiser: Any, tokens: int, height: int, width: int) -> int:
+        pictures = _pictures(denoiser)
+        return 512 + pictures if pictures else tokens  # the model itself counts on 512 where there are pictures
 
     # Wan 2.2 TI2V embeds a time for each token: counted once here, which leaves out about 2 % of a call.
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:

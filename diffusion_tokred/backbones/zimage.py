@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..runtime.site import Block, Call, Level, Site
 from ..runtime.work import Weights, Work
 from .attention import FeedForwardSite, StreamAttention, take
-from .base import Backbone, Layout, attention_core, register_backbone
+from .base import Backbone, Layout, attention_core, helper_of, register_backbone
 
 _MULTIPLE = 32  # parts of the sequence are padded to multiples of it
 
@@ -48,7 +48,7 @@ class ZImageFeedForward(FeedForwardSite):
 
 
 class _Padded(Weights):
-    """The cost where the only rows beside the picture's are its padding: see `ZImage.text`."""
+    """The cost where the only rows beside the picture's are its padding: see `ZImage.beside`."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights.query, weights.key, weights.text, weights.core, weights.text_is)
@@ -77,6 +77,7 @@ class ZImage(Backbone):
     models = ("ZImageTransformer2DModel",)
     sites = (ZImageRefinerAttention, ZImageRefinerFeedForward, ZImageAttention, ZImageFeedForward)
     sample = "x"
+    native = 1024
 
     def layout(self, denoiser: Any) -> Layout:
         level, sites = Level(0), list[Site]()
@@ -107,10 +108,22 @@ class ZImage(Backbone):
         return (frames // inputs.get("f_patch_size", 1)) * (height // patch), width // patch
 
     def text(self, denoiser: Any, inputs: Mapping[str, Any]) -> int:
+        rows, columns = self._tokens(inputs)
+        return self.beside(denoiser, max(len(text) for text in inputs["cap_feats"]), 2 * rows, 2 * columns)
+
+    def beside(self, denoiser: Any, tokens: int, height: int, width: int) -> int:
         """Rows beside the picture's in a layer: the longest prompt's, padded (a multiple of 32), and the picture's
         padding (fewer than 32)."""
-        h, w = self._tokens(inputs)
-        return max(_padded(len(text)) for text in inputs["cap_feats"]) + _padded(h * w) - h * w
+        ((h, w),) = self.grids(denoiser, height, width)
+        return _padded(tokens) + _padded(h * w) - h * w
+
+    def sigmas(self, pipe: Any, steps: int) -> list[float] | None:
+        own = helper_of(pipe, "get_default_z_image_sigmas")
+        return None if own is None else list(own(steps))
+
+    def timesteps(self, pipe: Any, scheduler: Any, steps: int, tokens: int) -> None:
+        scheduler.sigma_min = 0.0  # for pipelines without `sigmas`: they do the same
+        super().timesteps(pipe, scheduler, steps, tokens)
 
     def observe(self, layout: Layout, denoiser: Any, inputs: Mapping[str, Any]) -> None:
         pictures = inputs[self.sample]
