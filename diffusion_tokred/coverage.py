@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from .backbones import BACKBONES, Backbone
 from .methods import METHODS, Method
 from .patching import config_of, why_not
+from .runtime.site import OFFERS
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Cell:
         method, kind, backbone: names.
         reason: why it cannot work there; None if it can.
         absent: True if the family has no such site: there is nothing to refuse.
-        limits: values of options that are refused there although the method works, with the reason:
-            (("mode='area'", "..."), ...).
+        limits: what does not work there although the method does, with the reason: values of options, and some of the
+            sites, (("mode='area'", "..."), ("all its sites", "...")).
     """
 
     method: str
@@ -47,8 +48,16 @@ def coverage() -> list[Cell]:
 def _cell(name: str, kind: str, backbone: Backbone) -> Cell:
     reason = why_not(METHODS[name](config_of(name)()), backbone, kind)
     absent = not any(site.kind == kind for site in backbone.sites)
-    limits = () if reason else tuple(_limits(name, kind, backbone))
+    limits = () if reason else (*_limits(name, kind, backbone), *_some(name, kind, backbone))
     return Cell(name, kind, backbone.name, reason, absent, limits)
+
+
+def _some(name: str, kind: str, backbone: Backbone) -> Iterator[tuple[str, str]]:
+    """Sites of the kind that are left alone, where others are used."""
+    needs = METHODS[name](config_of(name)()).needs(kind)
+    for site in backbone.sites:
+        if site.kind == kind and (missing := needs - site.offers):
+            yield "all its sites", "; ".join(site.lacks.get(need, OFFERS[need]) for need in sorted(missing))
 
 
 def _limits(name: str, kind: str, backbone: Backbone) -> Iterator[tuple[str, str]]:
