@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 
 import diffusion_tokred as tokred
 from diffusion_tokred.backbones import backbone_of
@@ -133,6 +133,23 @@ def test_every_family_as_the_run(name: str, method: str) -> None:
     assert found.flops["total"] == (report.flops_dense, report.flops)
     assert {step.ratio for step in found.steps} == {0.0, ratio}
     assert found.text_tokens == (0 if name == "dit" else 7)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "flux2_klein", "qwenimage", "zimage", "lumina2"])
+@pytest.mark.parametrize("shift", [0.5, 2.5])
+def test_dynamic_shifts_as_in_the_run(name: str, shift: float) -> None:
+    """At 160 tokens, with bounds that make them matter, and with a terminal value, as Qwen-Image has it."""
+    pipe = ALL[name](
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=shift, base_image_seq_len=100, max_image_seq_len=500,
+            shift_terminal=0.02,
+        )
+    )  # fmt: skip
+    size = dict(height=64, width=40)
+    found = tokred.explain(pipe, method="tome", num_inference_steps=3, **size)
+    tokred.patch(pipe, method="tome")
+    tiny.run(pipe, steps=3, guidance=1.0, **size)
+    assert [s.u for s in found.steps] == pytest.approx([s.u for s in tokred.report(pipe).steps], abs=1e-6)
 
 
 def test_schedulers_with_more_calls_than_steps() -> None:
