@@ -234,7 +234,7 @@ def explain(
     scale = defaults.get("guidance") if guidance is None else guidance
     found = dry_run(
         pipe, config, policy=rule, height=height, width=width, num_inference_steps=steps,
-        guidance=scale is None or scale > 1, text_tokens=defaults.get("text_tokens"), num_frames=frames,
+        guidance=None if scale is None else scale > 1, text_tokens=defaults.get("text_tokens"), num_frames=frames,
     )  # fmt: skip
     text = results.to_json(results.plain(found.to_dict()))
     if json not in (None, "-"):
