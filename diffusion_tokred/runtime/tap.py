@@ -131,7 +131,7 @@ def tapped(processor: Any, tap: Tap, rotary: str | None = None) -> Any:
         key = (type(processor), original, rotary)
         if (kind := _KINDS.get(key)) is None:
             space = _space(original, rotary)
-            setattr(space, _DISPATCH, _dispatch(original.__globals__[_DISPATCH]))
+            setattr(space, _DISPATCH, _dispatch(original.__globals__))
             _KINDS[key] = kind = _subclass(processor, original, space)
             weakref.finalize(kind, sys.modules.pop, space.__name__, None)
         result.__class__ = kind
@@ -162,10 +162,11 @@ def follow(result: Any, processor: Any, tap: Tap) -> None:
         result.__dict__["_attention_backend"] = tap
 
 
-def _dispatch(dispatch: Callable[..., Any]) -> Callable[..., Any]:
-    """diffusers' attention function, which finds its tap in the place of the backend."""
+def _dispatch(home: dict[str, Any]) -> Callable[..., Any]:
+    """diffusers' attention function, as it is in its module now, which finds its tap in the place of the backend."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *, backend: Any = None, **kwargs: Any) -> Tensor:
+        dispatch = home[_DISPATCH]
         if not isinstance(backend, Tap):
             return dispatch(query, key, value, backend=backend, **kwargs)
         return backend.attend(dispatch, query, key, value, 1, {**kwargs, "backend": backend.backend})
