@@ -1,4 +1,7 @@
-"""What a method adds to a block once its plan exists: at most four ATen calls. On a GPU each is a kernel launch."""
+"""What a method adds to a block once its plan exists: at most four ATen calls. On a GPU each is a kernel launch.
+
+Where text and image are one sequence, taking it apart and putting it together again adds up to three.
+"""
 
 import contextlib
 from collections import Counter
@@ -7,7 +10,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_tokred as tokred
-from diffusion_tokred.testing import tiny
+from diffusion_tokred.testing import families, tiny
 from tests.contract.helpers import PIPES, run
 
 LIMIT = 4
@@ -71,3 +74,20 @@ def test_calls_added_to_a_block(kind, method, batch):
         added = [n for i, n in enumerate(added) if i % blocks]
     assert max(added) <= LIMIT, [b - a for a, b in zip(plain[half:], patched[half:], strict=True)]
     assert max(added) > 0
+
+
+@pytest.mark.parametrize("method", ["tome", "todo"])
+@pytest.mark.parametrize("kind", families.BUILDERS)
+def test_calls_added_in_other_families(kind, method):
+    if (kind, method) == ("sana", "todo"):
+        pytest.skip("refused: linear attention")
+    pipe = families.BUILDERS[kind]()
+    with counting(pipe) as plain:
+        run(pipe, batch=2)
+    tokred.patch(pipe, **METHODS[method])
+    with counting(pipe) as patched:
+        run(pipe, batch=2)
+    half = len(plain) // 2
+    added = [b.total() - a.total() for a, b in zip(plain[half:], patched[half:], strict=True)]
+    one_sequence = kind in ("flux2", "flux2_klein", "zimage", "lumina2", "auraflow") and method == "tome"
+    assert 0 < max(added) <= LIMIT + 3 * one_sequence, added
