@@ -54,7 +54,7 @@ def build(model: str = "toy-dit", device: str | None = None) -> gr.Blocks:
                     seed = gr.Number(0, label="Seed", precision=0)
                     steps = gr.Number(20, label="Steps", precision=0)
                 with gr.Row():
-                    side = gr.Number(256, label="Size in pixels", precision=0)
+                    side = gr.Number(128, label="Size in pixels", precision=0)
                     repeat = gr.Number(1, label="Timed pairs", precision=0)
                 button = gr.Button("Run both", variant="primary")
             with gr.Column(scale=2):

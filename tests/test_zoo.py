@@ -15,7 +15,7 @@ from diffusion_tokred import zoo
 from diffusion_tokred.zoo import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
-NATIVE = {"toy-sd": 128, "toy-dit": 256}
+NATIVE = {"toy-sd": 128, "toy-dit": 128}
 
 
 @pytest.fixture(scope="module", params=zoo.NAMES)
@@ -90,21 +90,30 @@ def test_unknown_name():
         zoo.path("toy-xl")
     with pytest.raises(ValueError, match="'toy'"):
         zoo.load("toy")
+    with pytest.raises(ValueError, match="is a CLIPModel, no pipeline"):
+        zoo.load("toy-clip")
 
 
 def test_files_fit_into_a_wheel():
-    files = {file: file.stat().st_size for name in zoo.NAMES for file in zoo.path(name).rglob("*") if file.is_file()}
+    files = {
+        file: file.stat().st_size
+        for name in (*zoo.NAMES, zoo.JUDGE)
+        for file in zoo.path(name).rglob("*")
+        if file.is_file()
+    }
     assert max(files.values()) <= 16 * 2**20
     assert sum(files.values()) < 45e6
     assert all(size <= 1.5e6 for file, size in files.items() if file.parent.name == "vae")
-    assert all((zoo.path(name) / "README.md").exists() for name in zoo.NAMES)
+    assert all((zoo.path(name) / "README.md").exists() for name in (*zoo.NAMES, zoo.JUDGE))
 
 
 def script():
+    sys.path.insert(0, str(ROOT / "scripts"))  # as `python scripts/train_zoo.py` has it
     spec = importlib.util.spec_from_file_location("train_zoo", ROOT / "scripts" / "train_zoo.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_zoo"] = module
     spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "scripts"))
     return module
 
 

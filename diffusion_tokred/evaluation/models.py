@@ -56,8 +56,7 @@ def defaults(name: str) -> dict[str, Any]:
     for any other pipeline."""
     if name not in zoo.NAMES:
         return {}
-    side = 256 if name == "toy-dit" else 128
-    found: dict[str, Any] = {"steps": 25, "guidance": 3.0, "size": (side, side)}
+    found: dict[str, Any] = {"steps": 25, "guidance": 3.0, "size": (128, 128)}
     # CLIP's 20 tokens and T5's: the pipeline would pad to 256.
     return found | ({"call": {"max_sequence_length": 20}, "text_tokens": 40} if name == "toy-dit" else {})
 

@@ -1,7 +1,8 @@
 """Small pipelines trained by this project on drawn scenes: ordinary diffusers folders that need no network and no GPU.
 
 `toy-sd` is a `StableDiffusionPipeline` (UNet, 128 px, 1,024 attention tokens; 4,096 at 256 px), `toy-dit` a
-`StableDiffusion3Pipeline` (MMDiT, 256 px, 1,024 tokens). `scenes` draws and captions what they were trained on.
+`StableDiffusion3Pipeline` (MMDiT, 128 px, 1,024 tokens). `scenes` draws and captions what they were trained on;
+`toy-clip`, a CLIPModel (`evaluation.clip.Clip()`), knows the same world.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 NAMES = ("toy-sd", "toy-dit")
+JUDGE = "toy-clip"  # a CLIPModel of the same world
 
 
 def path(name: str) -> Path:
-    """Folder of an embedded pipeline. Raises `ValueError` for a name that is none of `NAMES`."""
-    if name not in NAMES:
+    """Folder of an embedded pipeline, or of `JUDGE`. Raises `ValueError` for any other name."""
+    if name not in (*NAMES, JUDGE):
         raise ValueError(f"unknown embedded pipeline {name!r}; there are: {', '.join(NAMES)}")
     return Path(__file__).parent / name
 
@@ -33,6 +35,8 @@ def load(name: str, dtype: torch.dtype | None = None, device: torch.device | str
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
+    if name == JUDGE:
+        raise ValueError(f"{name!r} is a CLIPModel, no pipeline; diffusion_tokred.evaluation.clip.Clip() loads it")
     folder, level = path(name), logging.get_verbosity()
     logging.set_verbosity_error()  # else: "Expected types for text_encoder: CLIPTextModel, got T5EncoderModel"
     try:

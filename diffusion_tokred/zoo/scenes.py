@@ -4,6 +4,7 @@ A scene is one or two coloured shapes on a textured background. Shapes are signe
 (x to the right, y down), so a drawing is anti-aliased and the same picture at every size.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ COLORS = {
     "blue": (0.10, 0.28, 0.90),
     "purple": (0.56, 0.16, 0.74),
 }
-SHAPES = ("circle", "square", "triangle", "star", "ring")
+SHAPES = ("circle", "square", "star", "ring")
 SIZES = {"small": 0.125, "big": 0.195}  # radius, in picture widths
 RELATIONS = ("above", "below", "left of", "right of")  # of the first object to the second
 TEXTURES = ("plain", "striped", "checked", "dotted", "shaded")
@@ -31,7 +32,7 @@ BACKGROUNDS = {
     "brown": ((0.72, 0.54, 0.38), (0.52, 0.36, 0.22)),
 }
 # Never drawn for training: they show whether a model composes or remembers.
-HELD_OUT = frozenset({("purple", "star"), ("green", "triangle"), ("yellow", "ring")})
+HELD_OUT = frozenset({("purple", "star"), ("green", "square"), ("yellow", "ring")})
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 WORDS = (
     "a",
@@ -84,12 +85,12 @@ def sample_scene(
         relation = None if rng.random() < 0.25 else rng.choice(RELATIONS)
     allowed = [pair for pair in PAIRS if pair not in HELD_OUT]
     pairs = [rng.choice(sorted(HELD_OUT) if held_out else allowed)]
-    spots = [(rng.uniform(0.35, 0.65), rng.uniform(0.35, 0.65))]
+    spots = [(rng.uniform(0.42, 0.58), rng.uniform(0.42, 0.58))]
     if relation is not None:
         pairs.append(rng.choice([pair for pair in allowed if pair[0] != pairs[0][0]]))
-        near, far = rng.uniform(0.24, 0.29), rng.uniform(0.71, 0.76)
+        near, far = rng.uniform(0.25, 0.28), rng.uniform(0.72, 0.75)
         along = (near, far) if relation in ("above", "left of") else (far, near)
-        across = (rng.uniform(0.38, 0.62), rng.uniform(0.38, 0.62))
+        across = (rng.uniform(0.44, 0.56), rng.uniform(0.44, 0.56))
         xs, ys = (along, across) if relation in ("left of", "right of") else (across, along)
         spots = list(zip(xs, ys, strict=True))
     objects = tuple(Object(*pair, rng.choice(list(SIZES)), *spot) for pair, spot in zip(pairs, spots, strict=True))
@@ -122,40 +123,30 @@ def evaluation_prompts(count: int = 512, *, held_out: bool = False) -> list[str]
     return [caption(scene) for scene in evaluation_scenes(count, held_out=held_out)]
 
 
-def _polygon(x: torch.Tensor, y: torch.Tensor, points: Sequence[tuple[float, float]]) -> torch.Tensor:
-    """Signed distance to a closed polygon, negative inside. Points in units of the radius."""
-    squared, sign = torch.full_like(x, 1e9), torch.ones_like(x)
-    for (ax, ay), (bx, by) in zip(points, (*points[-1:], *points[:-1]), strict=True):
-        ex, ey, wx, wy = bx - ax, by - ay, x - ax, y - ay
-        t = ((wx * ex + wy * ey) / (ex * ex + ey * ey)).clamp(0, 1)
-        squared = torch.minimum(squared, (wx - ex * t).square() + (wy - ey * t).square())
-        # Even-odd rule: an edge that crosses the ray from (x, y) turns inside to outside.
-        crosses = torch.stack((y >= ay, y < by, ex * wy > ey * wx))
-        sign = torch.where(crosses.all(0) | ~crosses.any(0), -sign, sign)
-    return sign * squared.sqrt()
+_TIP, _NOTCH = 1.2, 0.52  # radii of a star's points and of the corners between them
+_SIDE = 0.85  # half a square's side
 
 
-def _circle_points(angles: Sequence[float], radii: Sequence[float]) -> list[tuple[float, float]]:
-    turn = torch.tensor(angles, dtype=torch.float64) * torch.pi / 180
-    r = torch.tensor(radii, dtype=torch.float64)
-    return list(zip((r * turn.sin()).tolist(), (-r * turn.cos()).tolist(), strict=True))
-
-
-_SQUARE = _circle_points((45, 135, 225, 315), (1.2,) * 4)
-_TRIANGLE = [(0.0, -1.0), (1.08, 0.85), (-1.08, 0.85)]
-_STAR = _circle_points(range(0, 360, 36), (1.2, 0.52) * 5)
-
-
-def _distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Signed distance to a shape of radius 1 about the origin, in radii."""
+def distance(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Signed distance to a shape of radius 1 about the origin, in radii, negative inside. `y` points down."""
     if shape == "circle":
         return torch.hypot(x, y) - 1
     if shape == "ring":
         return (torch.hypot(x, y) - 0.75).abs() - 0.27
-    return _polygon(x, y, {"square": _SQUARE, "triangle": _TRIANGLE, "star": _STAR}[shape])
+    if shape == "square":
+        over = torch.stack((x.abs(), y.abs())) - _SIDE
+        return over.clamp(min=0).norm(dim=0) + over.amax(0).clamp(max=0)
+    # Star: its ten half points are mirror images, so one edge tells it all. The tip lies on the first axis.
+    fifth = 2 * math.pi / 5
+    angle = ((torch.atan2(x, -y) + fifth / 2) % fifth - fifth / 2).abs()
+    radius = torch.hypot(x, y)
+    u, v = radius * angle.cos() - _TIP, radius * angle.sin()
+    ex, ey = _NOTCH * math.cos(fifth / 2) - _TIP, _NOTCH * math.sin(fifth / 2)
+    t = ((u * ex + v * ey) / (ex * ex + ey * ey)).clamp(0, 1)
+    return torch.hypot(u - t * ex, v - t * ey) * (ex * v - ey * u).sign() * -1
 
 
-def _texture(kind: str, x: torch.Tensor, y: torch.Tensor, pixel: float) -> torch.Tensor:
+def texture(kind: str, x: torch.Tensor, y: torch.Tensor, pixel: float) -> torch.Tensor:
     """Share of the second tone at each pixel, `(H, W)` in [0, 1]."""
 
     def wave(v: torch.Tensor) -> torch.Tensor:  # +1 and -1 in turns, with edges one pixel wide
@@ -183,7 +174,7 @@ def render(scenes: Sequence[Scene], size: int | tuple[int, int], device: torch.d
         (torch.arange(width, device=device) + 0.5) / width,
         indexing="ij",
     )
-    textures = torch.stack([_texture(kind, x, y, pixel) for kind in TEXTURES])
+    textures = torch.stack([texture(kind, x, y, pixel) for kind in TEXTURES])
     share = textures[[TEXTURES.index(s.texture) for s in scenes], None]  # (B, 1, H, W)
     tones = torch.tensor([BACKGROUNDS[s.background] for s in scenes], device=device)  # (B, 2, 3)
     first, second = tones[..., None, None].unbind(1)
@@ -195,6 +186,6 @@ def render(scenes: Sequence[Scene], size: int | tuple[int, int], device: torch.d
                 chosen = [scenes[i].objects[layer] for i in rows]
                 values = torch.tensor([(o.x, o.y, SIZES[o.size], *COLORS[o.color]) for o in chosen], device=device)
                 cx, cy, r = values[:, :3, None, None].unbind(1)
-                cover = (0.5 - _distance(shape, (x - cx) / r, (y - cy) / r) * r / pixel).clamp(0, 1)[:, None]
+                cover = (0.5 - distance(shape, (x - cx) / r, (y - cy) / r) * r / pixel).clamp(0, 1)[:, None]
                 picture[rows] = torch.lerp(picture[rows], values[:, 3:, None, None], cover)
     return picture
