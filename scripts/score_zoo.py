@@ -14,6 +14,7 @@ A picture is a PNG named by prompt and seed; `draw` makes those that are missing
 import json
 import os
 import random
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 import diffusion_tokred as tokred
+from diffusion_tokred.errors import ConfigError, UnsupportedError
 from diffusion_tokred.evaluation import models
 from diffusion_tokred.evaluation import scenes as scorer
 from diffusion_tokred.evaluation.clip import Clip, probe
@@ -36,7 +38,7 @@ from diffusion_tokred.methods import register_method
 from diffusion_tokred.methods.random_keep import RandomKeep, RandomKeepConfig
 from diffusion_tokred.zoo import scenes
 
-app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @register_method("broken", RandomKeepConfig)
@@ -63,18 +65,22 @@ def pictures(folder: Path) -> tuple[list[tuple[int, int]], torch.Tensor]:
 def draw(
     model: Annotated[str, typer.Argument(help="toy-sd, toy-dit, or a folder.")],
     out: Annotated[Path, typer.Argument(help="Folder of the pictures.")],
-    prompts: Annotated[int, typer.Option(help="The first so many evaluation prompts.")] = 512,
-    seeds: Annotated[int, typer.Option(help="Pictures a prompt.")] = 2,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    prompts: Annotated[int, typer.Option(min=1, help="The first so many evaluation prompts.")] = 512,
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures a prompt.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 25,
     ratio: Annotated[float, typer.Option(help="ToMe's share of merged tokens; 0 leaves the pipeline alone.")] = 0.0,
     broken: Annotated[bool, typer.Option("--broken", help="Drop and copy at random instead.")] = False,
     as_model: Annotated[str | None, typer.Option(help="For a folder: draw as this model is drawn.")] = None,
     held_out: Annotated[bool, typer.Option("--held-out", help="Prompts with a pair never trained.")] = False,
     part: Annotated[str, typer.Option(help="i/n: every n-th picture from the i-th on.")] = "0/1",
-    batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 8,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
 ) -> None:
     """Draw what is missing of a run: `PROMPT-SEED.png`, from noise that only prompt and seed decide."""
+    if not (match := re.fullmatch(r"(\d+)/([1-9]\d*)", part)) or int(match[1]) >= int(match[2]):
+        raise typer.BadParameter(f"--part is i/n with i below n, such as 0/2 and 1/2; found {part!r}")
+    if broken and not ratio:
+        raise typer.BadParameter("--broken needs --ratio, the share of tokens to drop")
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     index, count = map(int, part.split("/"))
@@ -104,6 +110,8 @@ def facts(
     json_to: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
 ) -> None:
     """Read all pictures by rule: the share of right facts with 95 % intervals, by seed and in all."""
+    if table not in ("shape", "size", "relation", "background", "texture"):
+        raise typer.BadParameter(f"--table is shape, size, relation, background or texture; found {table!r}")
     names, images = pictures(folder)
     world = scenes.evaluation_scenes(max(p for p, _ in names) + 1, held_out=held_out)
     readings = [r for some in track(images.split(32)) for r in scorer.read(some / 255)]
@@ -143,6 +151,8 @@ def compare(
     for folder in others:
         found, second = pictures(folder)
         both = [name for name in names if name in set(found)]
+        if len(both) < 2:
+            raise typer.BadParameter(f"{folder} and {base} share {len(both)} pictures; draw the same prompts in both")
         a = first[[names.index(name) for name in both]]
         b = second[[found.index(name) for name in both]]
         x, y = a.double() / 255, b.double() / 255
@@ -195,4 +205,7 @@ def judge() -> None:
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except (ConfigError, UnsupportedError) as error:
+        raise SystemExit(f"score_zoo: {error}") from None

@@ -1,8 +1,8 @@
 """toy-dit: a StableDiffusion3Pipeline of 128 px, 1,024 image tokens, flow matching.
 
-With patches of one latent pixel a step costs twenty times one with patches of four. So it learns with patches of 4,
-then 2, then 1: only the first and the last layer change, positions stay where they are, and a large patch weighs in the
-attention as much as the small ones that will take its place (proportional attention, as for merged tokens).
+With patches of one latent pixel a picture costs seventeen times one with patches of four. So it learns with patches
+of 4, then 2, then 1: only the first and the last layer change, positions stay where they are, and a large patch weighs
+in the attention as much as the small ones that will take its place (proportional attention, as for merged tokens).
 """
 
 import math
