@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..zoo import JUDGE, path
+from .weights import sha256
 
 
 class Clip(nn.Module):
@@ -40,6 +42,23 @@ class Clip(nn.Module):
         self.images = CLIPImageProcessorPil.from_pretrained(place)
         self.tokenizer = AutoTokenizer.from_pretrained(place)
         self.num_features: int = self.model.config.vision_config.hidden_size
+        self._place = place
+
+    @property
+    def prefix(self) -> str:
+        """How the keys of its figures begin: "toy_clip" or "clip"."""
+        return "toy_clip" if self.name.startswith("toy") or self._place == path(JUDGE) else "clip"
+
+    @property
+    def resize(self) -> str:
+        """How pictures come to the model's size, as recorded beside its figures."""
+        size = self.images.crop_size if self.images.do_center_crop else self.images.size
+        return f"CLIP's processor to {'x'.join(str(side) for side in dict(size).values())}, PIL"
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the weight files."""
+        return sha256(self._place)
 
     def _seen(self, pictures: torch.Tensor) -> torch.Tensor:
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
@@ -53,6 +72,11 @@ class Clip(nn.Module):
         return self._seen(pictures)
 
     @torch.no_grad()
+    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Where 8-bit pictures lie in the space that they share with texts: `(B, projection_dim)`, of length 1."""
+        return nn.functional.normalize(self.model.visual_projection(self._seen(pictures)), dim=-1)
+
+    @torch.no_grad()
     def score(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """100 times the cosine of each picture and its prompt, `(B,)`, at most 100; Hessel et al., arXiv 2104.08718.
 
@@ -62,8 +86,7 @@ class Clip(nn.Module):
             raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture")
         ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
         read = self.model.text_model(ids.to(self.model.device)).pooler_output
-        images, words = self.model.visual_projection(self._seen(pictures)), self.model.text_projection(read)
-        return 100 * torch.cosine_similarity(images, words)
+        return 100 * torch.cosine_similarity(self.embed(pictures), self.model.text_projection(read))
 
 
 def probe(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, steps: int = 300) -> torch.Tensor:

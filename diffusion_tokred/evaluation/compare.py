@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..patching import denoisers, patched, report
 from ..runtime.stats import Report
 from ..schedule.policy import as_policy
 from .metrics import Spread, psnr, speedup, ssim
+from .models import quiet
 from .results import environment, prompts_of, result
 
 PROMPT = "a big red star above a small blue ring on a striped pink background"
@@ -171,7 +172,7 @@ def compare(
     with patched(pipe, **chosen):  # refuse what cannot work before anything is spent
         pass
     env = environment(caller.device)
-    with caller.quiet():
+    with quiet(pipe):
         caller.warm_up(chosen)
         rows = tuple(_row(caller, chosen, seed, repeat) for seed in seeds)
     width, height = rows[0].unpatched.size
@@ -285,19 +286,6 @@ class _Caller:
             with variant:
                 self(0, "warm-up", num_inference_steps=steps)
         self.done = 0
-
-    @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Without the pipeline's own progress bar, which would run inside the timed calls."""
-        before = self.pipe.__dict__.get("_progress_bar_config")
-        self.pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
-        try:
-            yield
-        finally:
-            if before is None:
-                del self.pipe._progress_bar_config
-            else:
-                self.pipe.set_progress_bar_config(**before)
 
     def _tell(self, seed: int, what: str, step: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         if self.progress is not None:

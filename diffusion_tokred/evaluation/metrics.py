@@ -11,6 +11,8 @@ from PIL import Image
 
 from ..errors import ConfigError
 
+WINDOW = 11  # pixels a side of SSIM's window
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -51,20 +53,29 @@ def speedup(unpatched: Sequence[float], patched: Sequence[float]) -> Spread:
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal-to-noise ratio of two RGB pictures in dB; infinite if they are equal."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
-    x, y = _pair(a, b)
-    # reduction="none" and dim: else torchmetrics pools the errors of a batch before the logarithm.
-    return peak_signal_noise_ratio(x, y, data_range=1.0, reduction="none", dim=(1, 2, 3)).item()
+    return psnrs(*_pair(a, b)).item()
 
 
 def ssim(a: Image.Image, b: Image.Image) -> float:
     """Structural similarity of two RGB pictures (Gaussian window, sigma 1.5, mirrored borders); 1 if they are equal."""
+    return ssims(*_pair(a, b)).item()
+
+
+def psnrs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`psnr` of each pair of two batches `(B, 3, H, W)`, floats in [0, 1]: `(B,)`."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    # reduction="none" and dim: else torchmetrics pools the errors of a batch before the logarithm.
+    return peak_signal_noise_ratio(x, y, data_range=1.0, reduction="none", dim=(1, 2, 3))
+
+
+def ssims(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`ssim` of each pair of two batches `(B, 3, H, W)`, in [0, 1]: `(B,)`, nan where the window does not fit."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    if a.size == b.size and min(a.size) < 11:
-        return float("nan")  # smaller than the window
-    return structural_similarity_index_measure(*_pair(a, b), data_range=1.0).item()
+    if min(x.shape[2:]) < WINDOW:
+        return x.new_full((len(x),), float("nan"))
+    return structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
 
 
 def _pair(a: Image.Image, b: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +58,7 @@ def defaults(name: str) -> dict[str, Any]:
     for any other pipeline."""
     if name not in zoo.NAMES:
         return {}
-    found: dict[str, Any] = {"steps": 25, "guidance": 3.0, "size": (128, 128)}
+    found: dict[str, Any] = {"steps": 20, "guidance": 3.0, "size": (128, 128)}
     # CLIP's 20 tokens and T5's: the pipeline would pad to 256.
     return found | ({"call": {"max_sequence_length": 20}, "text_tokens": 40} if name == "toy-dit" else {})
 
@@ -86,6 +88,45 @@ def unread(pipe: Any, prompt: str) -> str | None:
     if not words:
         return None
     return f"the model does not know {', '.join(map(repr, words))}: it reads {tokenizer.unk_token} there"
+
+
+def steps_of(pipe: Any) -> int:
+    """The pipeline's own number of steps. Raises ConfigError if it has none."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    if "num_inference_steps" not in known or not isinstance(known["num_inference_steps"].default, int):
+        raise ConfigError(f"{type(pipe).__name__} has no number of steps of its own: say how many")
+    return known["num_inference_steps"].default
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Put diffusers' scheduler of that name into a pipeline, with the configuration of its own.
+
+    Raises:
+        ConfigError: diffusers has no such scheduler, or this pipeline cannot use it.
+    """
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if kind is None:
+        raise ConfigError(f"diffusers has no scheduler {name!r}; their names end in Scheduler, as DDIMScheduler does")
+    can = [other.__name__ for other in getattr(pipe.scheduler, "compatibles", ())]
+    if can and name not in can and type(pipe.scheduler).__name__ != name:
+        raise ConfigError(f"{type(pipe.scheduler).__name__} cannot become {name}: there is {', '.join(sorted(can))}")
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+
+
+@contextlib.contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar, which would run inside timed calls."""
+    before = pipe.__dict__.get("_progress_bar_config")
+    pipe.set_progress_bar_config(**{**(before or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe.set_progress_bar_config(**before)
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -79,7 +79,7 @@ class Denoiser:
 
     modules: nn.ModuleDict
     native: Any  # the variant that is exported
-    options: dict[str, Any] = dict(num_inference_steps=25, guidance_scale=3.0)  # of the sample sheets
+    options: dict[str, Any] = dict(num_inference_steps=20, guidance_scale=3.0)  # of the sample sheets
     reader = "text_encoder"  # the T5's place in the pipeline
 
     def assemble(self, pipeline: type[DiffusionPipeline], vae: Path, scaffold: nn.Module, **parts: Any) -> None:

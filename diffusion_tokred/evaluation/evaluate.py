@@ -1,0 +1,167 @@
+"""A whole evaluation in one call: costs, pictures, figures and the report, each taken up where it was left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from . import cost, launch
+from .generation import generate
+from .html import html
+from .judges import Judges, check_reference
+from .measuring import Claim, measure, read_items
+from .plots import quality_plot
+from .prompts import PromptSet
+from .report import markdown
+from .results import plain, to_json, write_text
+from .variants import UNPATCHED, Variant, check
+
+PILOT = 3  # rounds that choose the number of steps that takes the same time
+
+Progress = Callable[[str, float, str], None]  # what is done, the share of it that is done, more words
+
+
+def evaluate(
+    pipe: Any,
+    prompts: PromptSet,
+    variants: Sequence[Variant],
+    out: str | Path,
+    *,
+    steps: int,
+    call: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    repeats: int = 1,
+    base_seed: int = 0,
+    batch: int = 1,
+    threads: int = 1,
+    rounds: int = 10,
+    match_time: bool = True,
+    judges: Judges | None = None,
+    reference: str | Path | None = None,
+    claim: Claim | None = None,
+    protocol: str | None = None,
+    resamples: int | None = None,
+    processes: launch.Processes | None = None,
+    pace: Callable[[int, int], str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time the variants, draw their pictures, measure them, write the report. The same call again goes on.
+
+    Args:
+        pipe, prompts, variants, out, model, repeats, base_seed, batch, threads: as in `generation.generate`.
+        steps: `num_inference_steps` of the run.
+        call: more keyword arguments of the pipeline.
+        rounds: of the timing pass, see `cost.measure_cost`; 0 leaves it out. It comes first, alone, with all of torch's
+            threads, on the first prompt; a timing that is there already and was asked the same is kept.
+        match_time: add runs of the unpatched pipeline with fewer steps that take as long as the methods.
+        judges, reference, claim, protocol, resamples: as in `measuring.measure`. A claim that is made after pictures
+            were drawn is measured too, and the result says so.
+        processes: those of `launch.start`. The first one times and measures, all draw.
+        pace: words about speed and time left, from pictures done and in all.
+        progress: called now and then.
+
+    Returns:
+        The result; `result.json`, `items.jsonl`, `timing.json`, `report.md`, `plot.png` and `report.html` are in `out`.
+
+    Raises:
+        ConfigError, UnsupportedError, StateError: as the parts do; before anything is drawn where that can be known.
+    """
+    out, tell = Path(out), progress or (lambda what, share, words: None)
+    judges = judges or Judges.find()
+    check_reference(reference)
+    call = dict(call or {}) | {"num_inference_steps": steps}
+    processes = processes or launch.start(pipe._execution_device)
+
+    def first() -> tuple[list[Variant], bool]:
+        chosen = list(check(variants))
+        names = [variant.name for variant in chosen]
+        if claim is not None and claim.against not in names:
+            raise ConfigError(f"the claim is held against {claim.against!r}, the run has {', '.join(names)}")
+        judges.load()
+        early = _claim(out, claim)
+        if rounds and match_time and not any(variant.anchor == "steps" for variant in chosen):
+            pilot = _timed(pipe, chosen, prompts, out / "pilot.json", call, PILOT, "pilot", tell)
+            chosen += cost.same_time(pilot, chosen, steps)
+        if rounds:
+            _timed(pipe, chosen, prompts, out / "timing.json", call, rounds, "timing", tell)
+        return chosen, early
+
+    chosen, early = processes.share(first)
+    generate(
+        pipe, prompts, chosen, out, repeats=repeats, base_seed=base_seed, batch=batch, call=call, model=model,
+        threads=threads, processes=processes,
+        progress=lambda what, done, total: tell(f"drawing {what}", done / total, pace(done, total) if pace else ""),
+    )  # fmt: skip
+
+    def last() -> dict[str, Any]:
+        file = out / "timing.json"
+        data = measure(
+            out, judges=judges, reference=reference, claim=claim, protocol=protocol, resamples=resamples,
+            timing=json.loads(file.read_text(encoding="utf-8")) if rounds else None,
+            progress=lambda what, share: tell(what, share, ""),
+        )  # fmt: skip
+        if claim is not None:
+            data["claim"]["stated"] = "before the pictures were drawn" if early else "after pictures were drawn"
+            write_text(out / "result.json", to_json(data))
+        tell("report", 0.0, "")
+        write_report(out, data)
+        return data
+
+    return processes.share(last)
+
+
+def write_report(out: str | Path, result: dict[str, Any]) -> None:
+    """`report.md`, `plot.png` and `report.html` of a measured run, into its folder."""
+    out = Path(out)
+    write_text(out / "report.md", markdown(result))
+    quality_plot(result, out / "plot.png")
+    html(result, read_items(out), out, out / "report.html")
+
+
+def _timed(
+    pipe: Any,
+    variants: Sequence[Variant],
+    prompts: PromptSet,
+    file: Path,
+    call: Mapping[str, Any],
+    rounds: int,
+    what: str,
+    tell: Progress,
+) -> dict[str, Any]:
+    """From the file if the same was asked for, else measured and written there."""
+    prompt = prompts.texts[0]
+    wanted = json.loads(to_json(plain(cost.asked(variants, prompt, call, rounds))))
+    if file.exists():
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file} is damaged: {error}; delete it, and it is measured again") from error
+        if data.get("asked") == wanted:
+            return data
+    data = cost.measure_cost(
+        pipe, variants, prompt, call=call, rounds=rounds,
+        progress=lambda part, share: tell(what if part == "timing" else f"{what}: {part}", share, ""),
+    )  # fmt: skip
+    write_text(file, to_json(data))
+    return json.loads(to_json(data))
+
+
+def _claim(out: Path, claim: Claim | None) -> bool:
+    """Write down what is claimed. Returns whether it was written before there was a picture of a variant."""
+    if claim is None:
+        return False
+    file, made = out / "claim.json", {"against": claim.against, "margins": dict(claim.margins)}
+    drawn = any(
+        next(folder.glob("*.png"), None) is not None
+        for folder in (out / "images").glob("*")
+        if folder.name != UNPATCHED
+    )
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if before["claim"] == made:
+            return bool(before["early"])
+    write_text(file, to_json({"claim": made, "early": not drawn}))
+    return not drawn

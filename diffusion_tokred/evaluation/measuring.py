@@ -1,0 +1,337 @@
+"""From the pictures of a run to its result: figures of each picture, then what they say together.
+
+items.jsonl    a line a picture: variant, index, repeat, prompt, seed, file, metrics (to the unpatched one), scores
+result.json    `tokred.result/1` of kind "evaluate"; what its entries mean is in docs/how-to-measure.md
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from . import distribution, statistics
+from .cost import cost_of
+from .features import Statistics
+from .judges import Judges, references
+from .paired import Paired, Scores, scene_of, why_null
+from .results import plain, result, to_json, write_text
+from .store import Item, Run, load_run, pictures
+from .variants import UNPATCHED
+
+KIND = "evaluate"
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of non-inferiority, made before the figures are seen: no variant is worse than `against` by a margin.
+
+    Attributes:
+        against: a variant of the run, such as "steps-22".
+        margins: how much worse is still as good, by metric, in its unit.
+    """
+
+    against: str
+    margins: Mapping[str, float] = field(default_factory=lambda: {"psnr": 0.0, "ssim": 0.0})
+
+
+@dataclass
+class _Figures:
+    """Of one variant: its items, and for each name a value a picture, None where there is none."""
+
+    items: list[Item]
+    metrics: dict[str, list[float | None]]
+    scores: dict[str, list[float | None]]
+    features: list[torch.Tensor]  # one for each extractor, `(n, d)`
+
+    @property
+    def prompts(self) -> list[int]:
+        return [item.index for item in self.items]
+
+
+def measure(
+    out: str | Path,
+    *,
+    judges: Judges | None = None,
+    reference: str | Path | None = None,
+    claim: Claim | None = None,
+    timing: Mapping[str, Any] | None = None,
+    protocol: str | None = None,
+    resamples: int | None = None,
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a run's pictures; writes `items.jsonl` and `result.json` into its folder.
+
+    Args:
+        out: the folder that `generate` filled. A run with pictures missing is measured on the prompts that all variants
+            have, and its status is "partial".
+        judges: what to judge with; by default what is on this machine.
+        reference: of FID and KID: a folder of pictures, an `.npz`, "drawn" (embedded scenes), or None.
+        claim: of non-inferiority; it was to be made before the pictures were drawn.
+        timing: what `measure_cost` returned.
+        protocol: its name, for the result.
+        resamples: of FID's interval, see `distribution.distances`.
+        batch: pictures judged together.
+        progress: called with what is being done and the share that is done.
+
+    Returns:
+        The result, as in `result.json`.
+
+    Raises:
+        ConfigError: no run, damaged pictures, a reference of another extractor, a claim about what is not in the run.
+    """
+    run, judges, tell = load_run(out), judges or Judges.find(), progress or (lambda what, share: None)
+    names = [name for name in run.items if run.items[name]]
+    if UNPATCHED not in names:
+        raise ConfigError(f"{run.out} has no pictures of the unpatched pipeline: draw them first")
+    if claim is not None and claim.against not in names:
+        raise ConfigError(f"the claim is held against {claim.against!r}, the run has {', '.join(names)}")
+    extractors, paired = judges.extractors, Paired(judges.lpips, judges.clip)
+    scores = Scores(judges.clip, all(map(scene_of, run.prompts.texts)), judges.preferences)
+    foreign = _foreign(run)
+    scores.better |= dict.fromkeys(foreign, "higher")
+    if claim is not None and (unknown := sorted(set(claim.margins) - set(paired.better) - set(scores.better))):
+        known = ", ".join([*paired.better, *scores.better])
+        raise ConfigError(f"a margin for {', '.join(unknown)}, which is not measured here; there is {known}")
+    there, notes = references(reference, extractors, run.items[UNPATCHED][0].size[0])
+
+    common = set.intersection(*({(i.index, i.repeat) for i in run.items[name]} for name in names))
+    if not common:
+        raise ConfigError(f"{run.out}: no prompt was drawn by all of {', '.join(names)}: draw more")
+    figures = {}
+    for place, name in enumerate(names):
+        tell(f"judging {name}", 0.9 * place / len(names))
+        figures[name] = found = _judged(run, name, common, paired, scores, extractors, batch)
+        found.scores |= {score: [values.get(i.file) for i in found.items] for score, values in foreign.items()}
+
+    write_text(run.out / "items.jsonl", "".join(_lines(figures)))
+    size = run.items[UNPATCHED][0].size
+    variants = []
+    for place, (name, found) in enumerate(figures.items()):
+        tell(f"statistics of {name}", 0.9 + 0.1 * place / len(figures))
+        asked = next(variant for variant in run.asked["variants"] if variant["name"] == name)
+        entry = _entry(run, asked, found, figures[UNPATCHED], paired, scores, size)
+        entry["distribution"] = _distribution(found, figures[UNPATCHED], extractors, there, resamples, name)
+        entry["cost"] = cost_of(timing, name) if timing is not None else None
+        entry["verdict"] = _verdicts(claim, found, figures, paired.better | scores.better, name, asked["anchor"])
+        variants.append(entry)
+    settings = run.asked["settings"]
+    measured = {"measured": len({index for index, _ in common}), "repeats": len({repeat for _, repeat in common})}
+    parts_of = {
+        "env": settings["versions"] | {"device": settings["device"], "threads": settings["threads"]},
+        "pipeline": {
+            "model": run.asked["model"],
+            **settings["pipeline"],
+            "steps": settings["call"].get("num_inference_steps"),
+            "guidance": settings["call"].get("guidance_scale"),
+            "width": size[0],
+            "height": size[1],
+            "call": settings["call"],
+        },
+        "reduction": None,
+        "prompts": run.prompts.to_dict() | measured,
+    }
+    data = result(KIND, **parts_of, rows=[], intervals=(timing or {}).get("intervals", {}), variants=variants)
+    missing = {name: len(keys) for name, keys in run.missing.items() if keys}
+    data |= plain(
+        {
+            "status": "partial" if missing else "complete",
+            "protocol": protocol,
+            "judges": judges.to_dict(),
+            "claim": None if claim is None else {"against": claim.against, "margins": dict(claim.margins)},
+            "timing": None if timing is None else {"env": timing["env"], "created": timing["created"]},
+            "failures": run.failures,
+            "missing": missing,
+            "notes": notes + [text for text in paired.notes((size[1], size[0])).values()],
+        }
+    )
+    write_text(run.out / "result.json", to_json(data))
+    tell("done", 1.0)
+    return data
+
+
+def read_items(out: str | Path) -> list[dict[str, Any]]:
+    """The lines of `items.jsonl`."""
+    return [json.loads(line) for line in (Path(out) / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _judged(
+    run: Run,
+    name: str,
+    keys: set[tuple[int, int]],
+    paired: Paired,
+    scores: Scores,
+    extractors: Sequence[Any],
+    batch: int,
+) -> _Figures:
+    """All figures of a variant's pictures."""
+    found, parts = _Figures([], {}, {}, []), []
+    both = zip(_batches(run, name, keys, batch), _batches(run, UNPATCHED, keys, batch), strict=True)
+    for (items, seen), (_, unpatched) in both:
+        found.items += items
+        _append(found.scores, scores(seen, [item.prompt for item in items]))
+        if name != UNPATCHED:
+            _append(found.metrics, paired(unpatched, seen))
+        parts.append([extractor(seen).float().cpu() for extractor in extractors])
+    found.features = [torch.cat(some) for some in zip(*parts, strict=True)]
+    return found
+
+
+def _foreign(run: Run) -> dict[str, dict[str, float]]:
+    """Scores made elsewhere (ImageReward needs an environment of its own), by name and picture: `scores.jsonl` in the
+    run's folder, a line a picture such as {"file": "images/unpatched/000000-0-1a2b3c4d.png", "image_reward": 0.31}."""
+    file, found = run.out / "scores.jsonl", dict[str, dict[str, float]]()
+    known = {item.file for items in run.items.values() for item in items}
+    if not file.exists():
+        return found
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            data = json.loads(line)
+            place, values = data.pop("file"), {str(name): float(value) for name, value in data.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f'{file}, line {number}: not {{"file": ..., "name": number, ...}}: {error}') from error
+        if place not in known:
+            raise ConfigError(f"{file}, line {number}: {place} is no picture of this run")
+        if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise ConfigError(f"{file}, line {number}: {', '.join(wrong)} is not a finite number")
+        for name, value in values.items():
+            found.setdefault(name, {})[place] = value
+    return found
+
+
+def _batches(run: Run, name: str, keys: set[tuple[int, int]], batch: int) -> Iterator[tuple[list[Item], torch.Tensor]]:
+    """Pictures of a variant in the order of repeat and index."""
+    waiting: list[tuple[Item, torch.Tensor]] = []
+    for item, picture in pictures(run, name):
+        if (item.index, item.repeat) in keys:
+            waiting.append((item, picture))
+        if len(waiting) == batch:
+            yield [item for item, _ in waiting], torch.stack([picture for _, picture in waiting])
+            waiting = []
+    if waiting:
+        yield [item for item, _ in waiting], torch.stack([picture for _, picture in waiting])
+
+
+def _append(to: dict[str, list[float | None]], found: Mapping[str, torch.Tensor]) -> None:
+    """nan is no figure; infinite ones (the PSNR of equal pictures) are kept."""
+    for name, values in found.items():
+        to.setdefault(name, []).extend(None if math.isnan(value) else value for value in values.tolist())
+
+
+def _lines(figures: Mapping[str, _Figures]) -> Iterator[str]:
+    for name, found in figures.items():
+        for place, item in enumerate(found.items):
+            metrics, scores = (
+                {key: values[place] for key, values in part.items()} for part in (found.metrics, found.scores)
+            )
+            reasons = why_null({k: math.nan if v is None else v for k, v in (metrics | scores).items()})
+            line = {
+                "variant": name,
+                "index": item.index,
+                "repeat": item.repeat,
+                "prompt": item.prompt,
+                "seed": item.seed,
+                "file": item.file,
+                "metrics": {k: v if v is None or math.isfinite(v) else None for k, v in metrics.items()},
+                "scores": scores,
+            }
+            line |= {"failure": item.failure} if item.failure else {}
+            line |= {"why_null": reasons} if reasons else {}
+            yield json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _entry(
+    run: Run,
+    asked: Mapping[str, Any],
+    found: _Figures,
+    unpatched: _Figures,
+    paired: Paired,
+    scores: Scores,
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """What a variant's figures say: `paired`, `scores` and `change`."""
+    prompts, per_picture = found.prompts, 3 * size[0] * size[1]
+    entry: dict[str, Any] = {"name": asked["name"], "anchor": asked["anchor"], "reduction": asked["reduction"]}
+    if entry["reduction"] is not None:
+        entry["reduction"] = entry["reduction"] | {"seed": run.asked["settings"]["base_seed"]}
+    call = run.asked["settings"]["call"] | asked["call"]
+    entry |= {"call": asked["call"], "steps": call.get("num_inference_steps"), "paired": {}, "change": {}}
+    for metric, values in found.metrics.items():
+        if metric == "psnr":
+            entry["paired"][metric] = statistics.paired_psnr(values, per_picture, prompts)
+        else:
+            entry["paired"][metric] = statistics.paired(values, paired.better[metric], prompts)
+    entry["scores"] = {
+        name: statistics.score(values, scores.better[name], prompts) for name, values in found.scores.items()
+    }
+    if found is not unpatched:
+        entry["change"] = {
+            name: statistics.change(values, unpatched.scores[name], scores.better[name], prompts)
+            for name, values in found.scores.items()
+        }
+    return entry
+
+
+def _distribution(
+    found: _Figures,
+    unpatched: _Figures,
+    extractors: Sequence[Any],
+    there: Sequence[Statistics | None],
+    resamples: int | None,
+    name: str,
+) -> dict[str, Any]:
+    """FID and KID to the reference, what the variant adds to them, and both to the unpatched pictures."""
+    entry: dict[str, Any] = {}
+    if len(found.items) < 2:
+        return entry
+    for place, (extractor, reference) in enumerate(zip(extractors, there, strict=True)):
+
+        def of(figures: _Figures, source: str, place: int = place, by: Any = extractor) -> Statistics:
+            made_by = (by.name, by.weights_sha256, by.resize)
+            return Statistics.from_features(figures.features[place], *made_by, source=source)
+
+        mine, base = of(found, name), of(unpatched, UNPATCHED)
+        options: dict[str, Any] = dict(prompts=found.prompts, resamples=resamples)
+        if reference is not None:
+            entry |= {key: d.to_dict() for key, d in distribution.distances(mine, reference, **options).items()}
+        if found is unpatched:
+            continue
+        if reference is not None:
+            entry |= {key: d.to_dict() for key, d in distribution.changes(mine, base, reference, **options).items()}
+        for key, d in distribution.distances(mine, base, paired=True, **options).items():
+            entry[f"{key}_to_unpatched"] = d.to_dict()
+    return entry
+
+
+def _verdicts(
+    claim: Claim | None,
+    found: _Figures,
+    figures: Mapping[str, _Figures],
+    better: Mapping[str, str],
+    name: str,
+    anchor: str | None,
+) -> dict[str, Any] | None:
+    """For each margin of the claim: variants with a method against what it names."""
+    if claim is None or anchor is not None or name == UNPATCHED:
+        return None
+    control, verdicts = figures[claim.against], {}
+    size = found.items[0].size
+    for metric, margin in claim.margins.items():
+        pair = []
+        for some in (found, control):
+            values = (some.metrics | some.scores)[metric]
+            pair.append(statistics.capped_psnr(values, 3 * size[0] * size[1]) if metric == "psnr" else values)
+        verdicts[metric] = statistics.verdict(
+            *pair, margin=margin, better=better[metric], against=claim.against, prompts=found.prompts,
+            family=len(claim.margins),
+        )  # fmt: skip
+    return verdicts

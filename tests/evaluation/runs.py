@@ -1,0 +1,47 @@
+"""Small runs, for tests of what draws, resumes and reads them."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusion_tokred.evaluation.generation import Generated, generate
+from diffusion_tokred.evaluation.variants import UNPATCHED, Variant, parse_variant
+from tests.evaluation import toys
+
+PROMPTS = ("a red star", "a blue ring", "a red star", "a blue star", "a red ring")  # one comes twice
+CALL = {"num_inference_steps": 2, "height": 32, "width": 32, "guidance_scale": 3.0}
+QUICK = {"num_inference_steps": 1, "height": 16, "width": 16, "guidance_scale": 1.0}
+TYPED = ("tome:ratio=0.5", "steps:1", "seed", "numerics")
+VARIANTS = (Variant(UNPATCHED), *map(parse_variant, TYPED))
+TOME = "tome-ratio-0.5"
+
+
+def draw(out: Path, pipe: Any = None, **options: Any) -> Generated:
+    """Five prompts in batches of two, unpatched and with ToMe: ten quick pictures."""
+    options = {"prompts": PROMPTS, "variants": VARIANTS[:2], "batch": 2, "call": QUICK} | options
+    return generate(pipe or toys.sd(), out=out, **options)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All pictures of a folder, finished or not."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.glob("images/*/*") if p.suffix != ".jsonl"}
+
+
+def count(out: Path) -> int:
+    """How many pictures are in place; also while they are being drawn."""
+    return len(list(out.glob("images/*/*.png")))
+
+
+def lines(out: Path) -> set[str]:
+    """Of all manifests."""
+    return {line for manifest in out.glob("images/*/manifest-*") for line in manifest.read_text().splitlines()}
+
+
+def in_a_process(work: Callable[[], Any]) -> Any:
+    """A forked process at work; the libraries are loaded already."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
