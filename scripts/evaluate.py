@@ -18,7 +18,7 @@ import typer
 from rich.progress import Progress
 
 from diffusion_tokred.errors import ConfigError, UnsupportedError
-from diffusion_tokred.evaluation.evaluate import write_report
+from diffusion_tokred.evaluation.evaluate import made_before, state, write_report
 from diffusion_tokred.evaluation.judges import Judges, check_reference
 from diffusion_tokred.evaluation.layout import markdown_table
 from diffusion_tokred.evaluation.measuring import measure
@@ -58,13 +58,16 @@ def main(
     judges.load()
     check_reference(reference)
     timing = out / "timing.json"  # if `tokred evaluate` left one
+    claim, early, protocol = made_before(out)
     with Progress(transient=True) as bar:
         task = bar.add_task("", total=1.0)
         data = measure(
-            out, judges=judges, reference=reference, resamples=resamples, batch=batch,
+            out, judges=judges, reference=reference, resamples=resamples, batch=batch, claim=claim, protocol=protocol,
             timing=json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else None,
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )  # fmt: skip
+        if claim is not None:
+            state(out, data, early)
         write_report(out, data)
     print("\n".join(markdown_table(tables(data)[0])))
     print(f"\n{out / 'report.html'}")

@@ -141,7 +141,9 @@ def main(
 
 if __name__ == "__main__":
     try:
-        app(standalone_mode=False)
+        if code := app(standalone_mode=False):  # an interrupt comes back as a number
+            say("interrupted; the same command goes on where it was")
+            sys.exit(code)
     except launch.SharedError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # all processes have it: one says it
             say(str(error))
@@ -154,6 +156,3 @@ if __name__ == "__main__":
             raise
         say(error.format_message())
         sys.exit(2)
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on where it was")
-        sys.exit(130)

@@ -83,3 +83,11 @@ def test_the_zoo_is_at_hand() -> None:
     code = "import diffusion_tokred as tokred; print(tokred.zoo.path('toy-sd').name, callable(tokred.methods))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert out.stdout.split() == ["toy-sd", "True"]
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest takes two files of one name, in folders that are no packages, for the same module, and stops."""
+    names = [
+        path.stem for path in Path(__file__).parent.rglob("test_*.py") if not (path.parent / "__init__.py").exists()
+    ]
+    assert sorted(names) == sorted(set(names))

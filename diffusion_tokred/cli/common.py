@@ -58,7 +58,8 @@ class MethodCommand(TyperCommand):
 def _explain_failure(error: Exception) -> int:
     """Print an expected failure and return the exit code; raise what is not expected."""
     if isinstance(error, (ConfigError, UnsupportedError, StateError)):
-        say(str(error))
+        if type(error).__name__ != "SharedError" or os.environ.get("RANK", "0") == "0":  # all processes have it
+            say(str(error))
         return WRONG
     if hasattr(error, "format_message"):  # click's or typer's own, whichever click typer was built with
         text = error.format_message()

@@ -43,7 +43,7 @@ EVERY = 30.0  # seconds between lines where there is no terminal
 
     tokred evaluate --compare runs/a/result.json runs/b/result.json
 
-    torchrun --nproc-per-node 2 $(which tokred) evaluate runs/a --variant tome       # the same pictures, sooner""",
+    torchrun --nproc-per-node 2 -m diffusion_tokred.cli evaluate runs/a --variant tome   # the same, sooner""",
 )
 def evaluate(
     out: Annotated[Path | None, typer.Argument(help="The run's folder; a run that is there goes on.")] = None,
@@ -215,6 +215,7 @@ def _show(data: dict[str, Any], out: Path) -> None:
     for table in tables(data)[:1]:
         print_table(console, tuple(table.head), table.rows)
     for name in ("report.html", "report.md", "plot.png", "result.json"):
-        console.print(os.fspath(out / name), soft_wrap=True)
+        if (out / name).exists():
+            console.print(os.fspath(out / name), soft_wrap=True)
     if data["status"] != "complete":
         say(f"{sum(data['missing'].values())} pictures are missing: only prompts that all variants have were measured")

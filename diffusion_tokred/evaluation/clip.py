@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..zoo import JUDGE, path
 from .weights import sha256
 
@@ -29,7 +30,7 @@ class Clip(nn.Module):
             folder: of a saved CLIPModel with its processor; without one the embedded toy-clip.
             name: the label; that of the folder if none is given.
 
-        Raises `FileNotFoundError` for a folder without a model.
+        Raises `FileNotFoundError` for a folder without a model, ConfigError for one that cannot be loaded.
         """
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
@@ -38,9 +39,13 @@ class Clip(nn.Module):
         if not (place / "config.json").exists():
             raise FileNotFoundError(f"no CLIPModel in {place}: a folder with config.json and weights is needed")
         self.name = name or place.name
-        self.model = CLIPModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
-        self.images = CLIPImageProcessorPil.from_pretrained(place)
-        self.tokenizer = AutoTokenizer.from_pretrained(place)
+        try:
+            self.model = CLIPModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
+            self.images = CLIPImageProcessorPil.from_pretrained(place)
+            self.tokenizer = AutoTokenizer.from_pretrained(place)
+        except Exception as error:  # safetensors, OSError, ValueError, ...: a file that is cut, or something else's
+            text = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{place} cannot be loaded as a CLIPModel: {type(error).__name__}: {text}") from error
         self.num_features: int = self.model.config.vision_config.hidden_size
         self._place = place
 

@@ -11,9 +11,9 @@ from ..errors import ConfigError, UnsupportedError
 from ..measure.timing import Interval, Timing, paired
 from ..measure.timing import Variant as Timed
 from ..methods import make_config
-from ..patching import patched, report
+from ..patching import denoisers, patched, report
 from .models import quiet
-from .results import environment, plain, result
+from .results import device_name, environment, plain, result, version
 from .variants import UNPATCHED, Variant, check
 
 KIND = "timing"
@@ -80,15 +80,30 @@ def measure_cost(
     rows = [_row(name, timing, counted[name], counted[UNPATCHED]) for name in timed]
     parts: dict[str, Any] = dict(env=env, pipeline=dict(pipeline or {}), reduction=None, prompts=None, rows=rows)
     data = result(KIND, **parts, intervals={"unpatched_again": _interval(timing.noise)})
-    return data | {"asked": asked(variants, prompt, call, rounds)}
+    return data | {"asked": asked(pipe, variants, prompt, call, rounds)}
 
 
 def asked(
-    variants: Sequence[Variant], prompt: str | Sequence[str], call: Mapping[str, Any] | None, rounds: int
+    pipe: Any,
+    variants: Sequence[Variant],
+    prompt: str | Sequence[str],
+    call: Mapping[str, Any] | None,
+    rounds: int,
 ) -> dict[str, Any]:
-    """What a timing was asked for, as plain data: equal for equal ones."""
-    data = [variant.to_dict() for variant in variants], prompt, dict(call or {}), rounds
-    return plain(dict(zip(("variants", "prompt", "call", "rounds"), data, strict=True)))
+    """What a timing was asked for, and on what, as plain data: equal for equal ones."""
+    return plain(
+        {
+            "variants": [variant.to_dict() for variant in variants],
+            "prompt": prompt,
+            "call": dict(call or {}),
+            "rounds": rounds,
+            "device": device_name(pipe._execution_device),
+            "threads": torch.get_num_threads(),
+            "dtype": str(denoisers(pipe)[0].dtype),
+            "scheduler": type(pipe.scheduler).__name__,
+            "versions": {name: version(name) for name in ("diffusion-tokred", "torch", "diffusers")},
+        }
+    )
 
 
 def same_time(timing: Mapping[str, Any], variants: Sequence[Variant], steps: int) -> list[Variant]:

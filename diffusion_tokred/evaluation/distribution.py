@@ -170,7 +170,8 @@ class _Given(nn.Module):
 def _frechet(mu1: torch.Tensor, sigma1: torch.Tensor, mu2: torch.Tensor, sigma2: torch.Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(len(mu1)))
+    # One process measures: a metric that waited for the others of the run would wait for ever.
+    metric = FrechetInceptionDistance(feature=_Given(len(mu1)), sync_on_compute=False)
     metric.update(torch.zeros(0, len(mu1), dtype=torch.float64), real=True)  # no pictures: sets the result's dtype
     # It turns sums back into mean and covariance; two pictures are enough to give any.
     for side, mu, sigma in (("real", mu1, sigma1), ("fake", mu2, sigma2)):

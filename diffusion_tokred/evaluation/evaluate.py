@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import cost, launch
-from .generation import generate
+from .generation import check_run, generate
 from .html import html
 from .judges import Judges, check_reference
-from .measuring import Claim, measure, read_items
+from .measuring import Claim, check_claim, measure, read_items
 from .plots import quality_plot
 from .prompts import PromptSet
 from .report import markdown
 from .results import plain, to_json, write_text
+from .store import load_run
 from .variants import UNPATCHED, Variant, check
 
 PILOT = 3  # rounds that choose the number of steps that takes the same time
@@ -74,13 +76,15 @@ def evaluate(
     check_reference(reference)
     call = dict(call or {}) | {"num_inference_steps": steps}
     processes = processes or launch.start(pipe._execution_device)
+    options: dict[str, Any] = dict(repeats=repeats, base_seed=base_seed, batch=batch, call=call, model=model)
+    options |= dict(threads=threads)
 
     def first() -> tuple[list[Variant], bool]:
-        chosen = list(check(variants))
-        names = [variant.name for variant in chosen]
-        if claim is not None and claim.against not in names:
-            raise ConfigError(f"the claim is held against {claim.against!r}, the run has {', '.join(names)}")
+        chosen = _with_those_there(out, check(variants))
         judges.load()
+        check_reference(reference, judges.extractors)
+        check_claim(claim, [variant.name for variant in chosen], judges, prompts.texts)
+        check_run(pipe, prompts, chosen, out, **options)
         early = _claim(out, claim)
         if rounds and match_time and not any(variant.anchor == "steps" for variant in chosen):
             pilot = _timed(pipe, chosen, prompts, out / "pilot.json", call, PILOT, "pilot", tell)
@@ -91,8 +95,7 @@ def evaluate(
 
     chosen, early = processes.share(first)
     generate(
-        pipe, prompts, chosen, out, repeats=repeats, base_seed=base_seed, batch=batch, call=call, model=model,
-        threads=threads, processes=processes,
+        pipe, prompts, chosen, out, **options, processes=processes,
         progress=lambda what, done, total: tell(f"drawing {what}", done / total, pace(done, total) if pace else ""),
     )  # fmt: skip
 
@@ -104,8 +107,7 @@ def evaluate(
             progress=lambda what, share: tell(what, share, ""),
         )  # fmt: skip
         if claim is not None:
-            data["claim"]["stated"] = "before the pictures were drawn" if early else "after pictures were drawn"
-            write_text(out / "result.json", to_json(data))
+            state(out, data, early)
         tell("report", 0.0, "")
         write_report(out, data)
         return data
@@ -113,12 +115,37 @@ def evaluate(
     return processes.share(last)
 
 
+def state(out: Path, result: dict[str, Any], early: bool) -> None:
+    """Say in a result, and in its file, when its claim was made."""
+    result["claim"]["stated"] = "before the pictures were drawn" if early else "after pictures were drawn"
+    write_text(out / "result.json", to_json(result))
+
+
+def made_before(out: Path) -> tuple[Claim | None, bool, str | None]:
+    """Of a run that was evaluated before: its claim, whether that came before the pictures, and its protocol."""
+    claim, early, protocol = None, False, None
+    if (out / "claim.json").exists():
+        data = json.loads((out / "claim.json").read_text(encoding="utf-8"))
+        claim, early = Claim(**data["claim"]), bool(data["early"])
+    if (out / "result.json").exists():
+        protocol = json.loads((out / "result.json").read_text(encoding="utf-8")).get("protocol")
+    return claim, early, protocol
+
+
 def write_report(out: str | Path, result: dict[str, Any]) -> None:
-    """`report.md`, `plot.png` and `report.html` of a measured run, into its folder."""
+    """`report.md`, `report.html` and, with matplotlib, `plot.png` of a measured run, into its folder."""
     out = Path(out)
     write_text(out / "report.md", markdown(result))
-    quality_plot(result, out / "plot.png")
+    with contextlib.suppress(ConfigError):  # without matplotlib, or with nothing to plot: the report says which
+        quality_plot(result, out / "plot.png")
     html(result, read_items(out), out, out / "report.html")
+
+
+def _with_those_there(out: Path, variants: Sequence[Variant]) -> list[Variant]:
+    """Beside those that are asked for, those that the run has already: costs and figures are measured together."""
+    before = load_run(out).variants if (out / "run.json").exists() else ()
+    new = {variant.name: variant for variant in variants}
+    return [new.pop(variant.name, variant) for variant in before] + list(new.values())
 
 
 def _timed(
@@ -133,7 +160,7 @@ def _timed(
 ) -> dict[str, Any]:
     """From the file if the same was asked for, else measured and written there."""
     prompt = prompts.texts[0]
-    wanted = json.loads(to_json(plain(cost.asked(variants, prompt, call, rounds))))
+    wanted = json.loads(to_json(plain(cost.asked(pipe, variants, prompt, call, rounds))))
     if file.exists():
         try:
             data = json.loads(file.read_text(encoding="utf-8"))

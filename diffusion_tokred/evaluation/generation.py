@@ -87,32 +87,12 @@ def generate(
         UnsupportedError: not a text-to-image pipeline, or a method that cannot work on it.
         StateError: the pipeline is patched already.
     """
-    variants = check(variants)
-    prompts = prompts if isinstance(prompts, PromptSet) else PromptSet("list", tuple(prompts))
-    for name, value in {"repeats": repeats, "batch": batch, "threads": threads, "base_seed": base_seed + 1}.items():
-        if value < 1:
-            raise ConfigError(
-                f"{name} must be at least {int(name != 'base_seed')}, got {value - (name == 'base_seed')}"
-            )
-    out, call = Path(out), _arguments(pipe, call or {}, variants)
-    processes = processes or launch.start(pipe._execution_device)
-    for variant in variants:  # refuse what cannot work before anything is spent
-        with variant.applied(pipe):
-            pass
+    out, processes = Path(out), processes or launch.start(pipe._execution_device)
+    variants, prompts, call, asked = _asked(pipe, prompts, variants, repeats, base_seed, batch, call, model, threads)
     started, before_threads, lock = time.perf_counter(), torch.get_num_threads(), Lock(out)
     torch.set_num_threads(threads)
     try:
-        settings = settings_of(pipe, prompts, call, base_seed, batch, threads)
-        asked = {
-            "model": model or getattr(pipe.config, "_name_or_path", None) or None,
-            "prompts": prompts.to_dict(),
-            "texts": list(prompts.texts),
-            "ids": None if prompts.ids is None else list(prompts.ids),
-            "repeats": repeats,
-            "variants": [variant.to_dict() for variant in variants],
-            "settings": settings,
-        }
-        _alike(processes.gather(settings))
+        _alike(processes.gather(asked["settings"]))
         plan = processes.share(lambda: _plan(lock, out, asked, prompts, variants, repeats, batch))
         with store.writing(out):
             lock.share()
@@ -123,6 +103,59 @@ def generate(
         lock.release()
         torch.set_num_threads(before_threads)
     return Generated(run, drawn, plan.kept, time.perf_counter() - started)
+
+
+def check_run(
+    pipe: Any,
+    prompts: PromptSet | Sequence[str],
+    variants: Sequence[Variant],
+    out: str | os.PathLike[str],
+    *,
+    repeats: int = 1,
+    base_seed: int = 0,
+    batch: int = 1,
+    call: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    threads: int = 1,
+) -> None:
+    """Raise what `generate` would raise before it draws; nothing is written."""
+    *_, asked = _asked(pipe, prompts, variants, repeats, base_seed, batch, call, model, threads)
+    store.refuse_others(Path(out), asked)
+
+
+def _asked(
+    pipe: Any,
+    prompts: PromptSet | Sequence[str],
+    variants: Sequence[Variant],
+    repeats: int,
+    base_seed: int,
+    batch: int,
+    call: Mapping[str, Any] | None,
+    model: str | None,
+    threads: int,
+) -> tuple[tuple[Variant, ...], PromptSet, dict[str, Any], dict[str, Any]]:
+    """Variants, prompts and the call, if they can work, and what `run.json` is to say of them."""
+    variants = check(variants)
+    prompts = prompts if isinstance(prompts, PromptSet) else PromptSet("list", tuple(prompts))
+    for name, value in {"repeats": repeats, "batch": batch, "threads": threads, "base_seed": base_seed + 1}.items():
+        if value < 1:
+            raise ConfigError(
+                f"{name} must be at least {int(name != 'base_seed')}, got {value - (name == 'base_seed')}"
+            )
+    arguments = _arguments(pipe, call or {}, variants)
+    for variant in variants:  # refuse what cannot work before anything is spent
+        with variant.applied(pipe):
+            pass
+    asked = {
+        "model": model or getattr(pipe.config, "_name_or_path", None) or None,
+        "prompts": prompts.to_dict(),
+        "texts": list(prompts.texts),
+        "ids": None if prompts.ids is None else list(prompts.ids),
+        "repeats": repeats,
+        "variants": [variant.to_dict() for variant in variants],
+        "settings": settings_of(pipe, prompts, arguments, base_seed, batch, threads),
+    }
+    return variants, prompts, arguments, asked
 
 
 class Pace:

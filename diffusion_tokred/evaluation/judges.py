@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..zoo import JUDGE
 from ..zoo import scenes as world
 from . import features, weights
+from .inception import RESIZES
 
 if TYPE_CHECKING:
     from .clip import Clip
@@ -52,6 +53,8 @@ class Judges:
         Raises:
             ConfigError: one that was given, or named by its environment variable, is not there.
         """
+        if resize not in RESIZES:
+            raise ConfigError(f"resize is one of {', '.join(RESIZES)}, got {resize!r}")
         given, found, missing = dict(given or {}), {}, []
         for name, need in weights.NEEDS.items():
             if name == "clip" and given.get(name) == "toy":
@@ -109,10 +112,23 @@ class Judges:
         }
 
 
-def check_reference(reference: str | Path | None) -> None:
-    """Refuse what cannot be a reference of FID before anything is drawn (ConfigError). Reads no picture."""
-    if reference is not None and str(reference) != DRAWN:
-        features.check_reference(reference)
+def check_reference(reference: str | Path | None, extractors: Sequence[Inception | Clip] = ()) -> None:
+    """Refuse what cannot be a reference of FID before anything is drawn (ConfigError). Reads no picture.
+
+    `extractors`: one of them must have made it.
+    """
+    if reference is None or str(reference) == DRAWN:
+        return
+    features.check_reference(reference)
+    refused = []
+    for extractor in extractors:
+        try:
+            features.check_reference(reference, extractor)
+            return
+        except ConfigError as error:
+            refused.append(str(error))
+    if refused:
+        raise ConfigError(f"{refused[0]}; load the weights of the network that made {reference}")
 
 
 def references(

@@ -46,17 +46,19 @@ class Processes:
     group: Any = field(default=None, repr=False)
 
     def share(self, make: Callable[[], _T]) -> _T:
-        """What `make` returns in the first process, in all of them. Its ConfigError is raised in all."""
+        """What `make` returns in the first process, in all of them. An error there is raised in all."""
         if self.group is None:
             return make()
         box: list[Any] = [None, None]
-        failed = None
+        failed: Exception | None = None
         if self.rank == 0:
             try:
                 box[0] = make()
-            except ConfigError as error:
-                box[1], failed = str(error), error
+            except Exception as error:  # whatever it is: the others wait
+                box[1], failed = str(error) or type(error).__name__, error
         torch.distributed.broadcast_object_list(box, src=0, group=self.group)
+        if failed is not None and not isinstance(failed, ConfigError):
+            raise failed
         if box[1] is not None:
             raise SharedError(box[1]) from failed
         return box[0]

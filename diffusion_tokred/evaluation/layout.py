@@ -65,7 +65,7 @@ def number(value: float | None, width: float | None = None, *, sign: bool = Fals
     """A number with the digits that its interval's width leaves meaning to: two of the width's own."""
     if value is None or not math.isfinite(value):
         return NONE
-    if width:
+    if width is not None and 0 < width < math.inf:
         digits = min(6, max(0, 1 - math.floor(math.log10(width))))
     else:
         digits = min(6, max(0, 2 - math.floor(math.log10(abs(value))))) if value else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,20 +93,20 @@ def measure(
     names = [name for name in run.items if run.items[name]]
     if UNPATCHED not in names:
         raise ConfigError(f"{run.out} has no pictures of the unpatched pipeline: draw them first")
-    if claim is not None and claim.against not in names:
-        raise ConfigError(f"the claim is held against {claim.against!r}, the run has {', '.join(names)}")
+    foreign = _foreign(run)
+    check_claim(claim, names, judges, run.prompts.texts, foreign)
     extractors, paired = judges.extractors, Paired(judges.lpips, judges.clip)
     scores = Scores(judges.clip, all(map(scene_of, run.prompts.texts)), judges.preferences)
-    foreign = _foreign(run)
     scores.better |= dict.fromkeys(foreign, "higher")
-    if claim is not None and (unknown := sorted(set(claim.margins) - set(paired.better) - set(scores.better))):
-        known = ", ".join([*paired.better, *scores.better])
-        raise ConfigError(f"a margin for {', '.join(unknown)}, which is not measured here; there is {known}")
     there, notes = references(reference, extractors, run.items[UNPATCHED][0].size[0])
 
     common = set.intersection(*({(i.index, i.repeat) for i in run.items[name]} for name in names))
+    failed = {(line["index"], line["repeat"]) for line in run.failures}
+    if lost := len(common & failed):
+        notes.append(f"{lost} prompts (and repeats) with a failed picture are in no figure, of no variant")
+    common -= failed
     if not common:
-        raise ConfigError(f"{run.out}: no prompt was drawn by all of {', '.join(names)}: draw more")
+        raise ConfigError(f"{run.out}: no prompt was drawn well by all of {', '.join(names)}: draw more")
     figures = {}
     for place, name in enumerate(names):
         tell(f"judging {name}", 0.9 * place / len(names))
@@ -159,9 +159,31 @@ def measure(
     return data
 
 
+def check_claim(
+    claim: Claim | None, names: Sequence[str], judges: Judges, texts: Sequence[str], more: Iterable[str] = ()
+) -> None:
+    """Refuse a claim that cannot be tested (ConfigError): `names` of the run's variants, its prompts' texts, and `more`
+    scores, made elsewhere."""
+    if claim is None:
+        return
+    if claim.against not in names:
+        raise ConfigError(f"the claim is held against {claim.against!r}, the run has {', '.join(names)}")
+    paired = Paired(judges.lpips, judges.clip).better
+    scores = dict(Scores(judges.clip, all(map(scene_of, texts)), judges.preferences).better) | dict.fromkeys(more, "")
+    if unknown := sorted(set(claim.margins) - set(paired) - set(scores)):
+        known = ", ".join([*paired, *scores])
+        raise ConfigError(f"a margin for {', '.join(unknown)}, which is not measured here; there is {known}")
+    for metric, margin in claim.margins.items():
+        if not (math.isfinite(margin) and margin >= 0):
+            raise ConfigError(f"a margin says how much worse is still as good: a number >= 0, got {metric} {margin}")
+        if claim.against == UNPATCHED and metric in paired:
+            raise ConfigError(f"{metric} is a distance to the unpatched pictures: hold it against another, as steps-N")
+
+
 def read_items(out: str | Path) -> list[dict[str, Any]]:
     """The lines of `items.jsonl`."""
-    return [json.loads(line) for line in (Path(out) / "items.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (Path(out) / "items.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]  # prompts may hold other ends of lines
 
 
 def _judged(
@@ -193,7 +215,9 @@ def _foreign(run: Run) -> dict[str, dict[str, float]]:
     known = {item.file for items in run.items.values() for item in items}
     if not file.exists():
         return found
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             data = json.loads(line)
             place, values = data.pop("file"), {str(name): float(value) for name, value in data.items()}

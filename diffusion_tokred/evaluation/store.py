@@ -130,7 +130,24 @@ def begin(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
         ConfigError: the folder is something else's, or its pictures were made with other settings.
     """
     file = out / "run.json"
-    before = read_asked(out) if file.exists() else None
+    if before := refuse_others(out, asked):
+        known = [variant["name"] for variant in before["variants"]]
+        new = [variant for variant in asked["variants"] if variant["name"] not in known]
+        grown = {"variants": before["variants"] + new, "repeats": max(before["repeats"], asked["repeats"])}
+        asked = before | grown
+        if asked == before:
+            return before
+    else:
+        asked = {"schema": SCHEMA, "created": _now()} | asked
+    for rest in out.glob(".run.json.*.tmp"):  # of a killed process
+        rest.unlink()
+    write_text(file, to_json(asked))
+    return asked
+
+
+def refuse_others(out: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `run.json` says, if there are pictures that it binds. Raises as `begin`; writes nothing."""
+    before = read_asked(out) if (out / "run.json").exists() else None
     if before and any(path.stat().st_size for path in out.glob("images/*/manifest-*.jsonl")):
         if found := _changes(before, asked):
             more = f"; and {len(found) - 6} more" if len(found) > 6 else ""
@@ -138,22 +155,11 @@ def begin(out: Path, asked: dict[str, Any]) -> dict[str, Any]:
                 f"{out} has pictures of another run: {'; '.join(found[:6])}{more}. Give the same settings, or name"
                 " another folder"
             )
-        known = [variant["name"] for variant in before["variants"]]
-        new = [variant for variant in asked["variants"] if variant["name"] not in known]
-        grown = {"variants": before["variants"] + new, "repeats": max(before["repeats"], asked["repeats"])}
-        asked = before | grown
-        if asked == before:
-            return before
-    elif before is None and (
-        others := sorted(p.name for p in out.iterdir() if p.name[0] != "." and p.name not in BEFORE)
-    ):
+        return before
+    there = sorted(p.name for p in out.iterdir()) if before is None and out.is_dir() else []
+    if others := [name for name in there if name[0] != "." and name not in BEFORE]:
         raise ConfigError(f"{out} has {others[0]} and no run.json: name an empty or a new folder")
-    else:
-        asked = {"schema": SCHEMA, "created": _now()} | asked
-    for rest in out.glob(".run.json.*.tmp"):  # of a killed process
-        rest.unlink()
-    write_text(file, to_json(asked))
-    return asked
+    return None
 
 
 def repair(out: Path, variant: str) -> None:

@@ -180,7 +180,8 @@ def test_verdicts_and_settings_are_tables() -> None:
 @pytest.mark.parametrize(
     ("value", "width", "shown"),
     [(24.3123, 0.4, "24.31"), (0.9123, 0.0041, "0.9123"), (1234.5, 60, "1234"), (0.0, None, "0"), (0.5, None, "0.500"),
-     (None, 1.0, "–"), (1e-5, None, "0.000010"), (float("nan"), None, "–"), (7.0, 0.0, "7.00")],
+     (None, 1.0, "–"), (1e-5, None, "0.000010"), (float("nan"), None, "–"), (7.0, 0.0, "7.00"), (0.3, -1e-12, "0.300"),
+     (2.0, float("inf"), "2.00"), (2.0, float("nan"), "2.00"), (2.0, 5e-324, "2.000000")],
 )  # fmt: skip
 def test_digits_follow_the_interval(value: Any, width: Any, shown: str) -> None:
     assert layout.number(value, width) == shown
