@@ -22,6 +22,7 @@ from diffusion_tokred.evaluation.evaluate import made_before, state, write_repor
 from diffusion_tokred.evaluation.judges import Judges, check_reference
 from diffusion_tokred.evaluation.layout import markdown_table
 from diffusion_tokred.evaluation.measuring import measure
+from diffusion_tokred.evaluation.models import pick_device
 from diffusion_tokred.evaluation.report import tables
 from diffusion_tokred.evaluation.versus import compare_files
 
@@ -45,6 +46,7 @@ def main(
         int | None, typer.Option(min=2, help="Bootstrap resamples of FID. (default: 100 for small features, else none)")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures judged together.")] = 16,
+    device: Annotated[str, typer.Option(help="What the judges run on: cpu, cuda, ...")] = "cpu",
     compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two result.json.")] = None,
     any_prompts: Annotated[bool, typer.Option("--any-prompts", help="Compare results of different prompts.")] = False,
 ) -> None:
@@ -57,13 +59,14 @@ def main(
     judges = Judges.find(given | dict(pickscore=pickscore_model, hps=hps_model), resize)
     judges.load()
     check_reference(reference)
+    place = pick_device(device)
     timing = out / "timing.json"  # if `tokred evaluate` left one
-    claim, early, protocol = made_before(out)
+    claim, early, said = made_before(out)
     with Progress(transient=True) as bar:
         task = bar.add_task("", total=1.0)
         data = measure(
-            out, judges=judges, reference=reference, resamples=resamples, batch=batch, claim=claim, protocol=protocol,
-            timing=json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else None,
+            out, judges=judges, device=place, reference=reference, resamples=resamples, batch=batch, claim=claim,
+            timing=json.loads(timing.read_text(encoding="utf-8")) if timing.exists() else None, **said,
             progress=lambda what, share: bar.update(task, description=what, completed=share),
         )  # fmt: skip
         if claim is not None:

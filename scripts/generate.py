@@ -104,9 +104,8 @@ def main(
         logging.set_verbosity_error()  # notices about packages that nobody needs here
     pipe = models.load_model(model, dtype, str(processes.device) if processes.device else device)
     if processes.rank == 0:
-        notes = {text: note for text in dict.fromkeys(texts.texts) if (note := models.unread(pipe, text))}
-        for text, note in list(notes.items())[:1]:
-            say(f"{len(notes)} of {texts.unique} different prompts are not read whole, first {text!r}: {note}")
+        if unread := models.unread_of(pipe, texts.texts):
+            say(unread)
         cores = os.cpu_count() or 1
         if pipe._execution_device.type == "cpu" and processes.world * threads <= cores // 2:
             say(

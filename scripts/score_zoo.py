@@ -33,7 +33,11 @@ from diffusion_tokred.zoo import scenes
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@register_method("broken", RandomKeepConfig)
+class BrokenConfig(RandomKeepConfig):
+    """A class of its own: by it the method is found."""
+
+
+@register_method("broken", BrokenConfig)
 class Broken(RandomKeep):
     """Drops random tokens, and gives each the output of a random other one: what every measure has to notice."""
 
@@ -96,6 +100,12 @@ def facts(
     run = load_run(folder)
     held_out = run.prompts.name == "scenes-held-out"
     world = scenes.evaluation_scenes(run.prompts.n, held_out=held_out)
+    for index, (text, scene) in enumerate(zip(run.prompts.texts, world, strict=True)):
+        if text != scenes.caption(scene):
+            raise ConfigError(
+                f"{folder} was not drawn from the evaluation prompts: its prompt {index} is {text!r}, not"
+                f" {scenes.caption(scene)!r}; draw them with `score_zoo.py draw`, or --prompts scenes"
+            )
     asked, readings = [], []
     for item, picture in track(pictures(run, variant), total=len(run.items.get(variant, ()))):
         asked.append((world[item.index], item.repeat))

@@ -59,6 +59,8 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many prompts. (scenes: 64)")] = None,
+    column: Annotated[str | None, typer.Option(help="Which column has the prompts. (default: prompt, ...)")] = None,
+    unique: Annotated[bool, typer.Option("--unique", help="Drop prompts that came before.")] = False,
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Pictures a prompt, from different noise. (default: 1)")
     ] = None,
@@ -96,6 +98,7 @@ def evaluate(
     pickscore_model: Annotated[str | None, typer.Option(help="Folder or hub id of PickScore as a CLIPModel.")] = None,
     hps_model: Annotated[str | None, typer.Option(help="Folder or hub id of HPSv2 as a CLIPModel.")] = None,
     resize: Annotated[str, typer.Option(help="Of Inception's pictures: tf1 (original FID) or antialias.")] = "tf1",
+    judge_batch: Annotated[int, typer.Option(min=1, help="Pictures judged together.")] = 16,
     dtype: Dtype = None,
     device: Device = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads that draw; pictures depend on it.")] = 1,
@@ -118,7 +121,13 @@ def evaluate(
     if out is None:
         raise ConfigError("name the run's folder: tokred evaluate runs/a --variant tome")
     with working("starting"):
-        from ..evaluation import generation, judges, launch, models, options, protocols
+        from ..evaluation import judges  # before all that takes longer to import: a file that is not there is said now
+
+        given = dict(clip=clip_model, inception=inception_weights, alexnet=alexnet_weights, vgg16=vgg_weights)
+        panel = judges.Judges.find(given | dict(pickscore=pickscore_model, hps=hps_model), resize)
+        judges.check_reference(None if reference == "none" else reference)
+
+        from ..evaluation import generation, launch, models, options
         from ..evaluation import prompts as prompt_sets
         from ..evaluation.evaluate import evaluate as run
         from ..evaluation.measuring import Claim
@@ -127,27 +136,25 @@ def evaluate(
         options.load_plugins()
         own = models.defaults(model)
         chosen: dict[str, Any] = dict(steps=steps, guidance=guidance, size=options.size(size) if size else None)
-        chosen |= dict(repeats=repeats, prompts=prompts, limit=limit)
+        chosen |= dict(repeats=repeats, prompts=prompts, limit=limit, scheduler=scheduler)
         asked, departures = _settings(own, chosen, protocol)
         variants = [Variant(UNPATCHED), *(parse_variant(text, asked.get("steps")) for text in variant or ["tome"])]
         known = {item.anchor for item in variants}
         variants += [Variant(name, anchor=name) for name in ("numerics", "seed") if anchors and name not in known]
-        texts = prompt_sets.load(asked["prompts"], asked.get("limit"))
-        given = dict(clip=clip_model, inception=inception_weights, alexnet=alexnet_weights, vgg16=vgg_weights)
-        given |= dict(pickscore=pickscore_model, hps=hps_model)
-        panel = judges.Judges.find(given, resize)
+        texts = prompt_sets.load(asked["prompts"], asked.get("limit"), column, unique)
         if reference is None and texts.name.startswith("scenes"):
             reference = judges.DRAWN
-        reference = None if reference == "none" else reference
-        judges.check_reference(reference)
         stated = _claim(Claim, claim, margin)
         processes = launch.start(models.pick_device(device))
     place = str(processes.device) if processes.device else device
     pipe, _ = load_pipeline(model, dtype, place, None)
-    if sampler := scheduler or (protocol and protocols.find(protocol).scheduler):
+    if sampler := asked.get("scheduler"):
         models.set_scheduler(pipe, sampler)
-    for text in departures if protocol and processes.rank == 0 else ():
-        say(f"not as in {protocol}: {text}")
+    if processes.rank == 0:
+        for text in departures:
+            say(f"not as in {protocol}: {text}")
+        if unread := models.unread_of(pipe, texts.texts):
+            say(unread)
     width, height = asked.get("size") or (None, None)
     call = dict(own.get("call", {})) | dict(guidance_scale=asked.get("guidance"), width=width, height=height)
     with _progress(processes.rank) as tell:
@@ -155,8 +162,9 @@ def evaluate(
             pipe, texts, variants, out, steps=asked.get("steps") or models.steps_of(pipe),
             call={key: value for key, value in call.items() if value is not None}, model=model,
             repeats=asked.get("repeats", 1), base_seed=seed, batch=batch, threads=threads, rounds=rounds,
-            match_time=match_time, judges=panel, reference=reference, claim=stated, protocol=protocol,
-            processes=processes, pace=generation.Pace(), progress=tell,
+            match_time=match_time, judges=panel, reference=None if reference == "none" else reference, claim=stated,
+            protocol=protocol, departures=departures, judge_batch=judge_batch, processes=processes,
+            pace=generation.Pace(), progress=tell,
         )  # fmt: skip
     if processes.rank == 0:
         _show(data, out)

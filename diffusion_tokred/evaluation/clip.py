@@ -65,33 +65,34 @@ class Clip(nn.Module):
         """Of the weight files."""
         return sha256(self._place)
 
-    def _seen(self, pictures: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Features of 8-bit RGB pictures `(B, 3, H, W)`: `(B, num_features)`. Raises `ValueError` for any other."""
         if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
             raise ValueError(f"pictures are {pictures.dtype} {tuple(pictures.shape)}; give uint8 (B, 3, H, W)")
         pixels = self.images(list(pictures.cpu()), return_tensors="pt", input_data_format="channels_first").pixel_values
         return self.model.vision_model(pixels.to(self.model.device)).pooler_output
 
     @torch.no_grad()
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Features of 8-bit RGB pictures `(B, 3, H, W)`: `(B, num_features)`. Raises `ValueError` for any other."""
-        return self._seen(pictures)
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Where pictures lie in the space that they share with texts, from their features `(B, num_features)`:
+        `(B, projection_dim)`, of length 1."""
+        return nn.functional.normalize(self.model.visual_projection(features.to(self.model.device)), dim=-1)
 
     @torch.no_grad()
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Where 8-bit pictures lie in the space that they share with texts: `(B, projection_dim)`, of length 1."""
-        return nn.functional.normalize(self.model.visual_projection(self._seen(pictures)), dim=-1)
-
-    @torch.no_grad()
-    def score(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    def score(
+        self, pictures: torch.Tensor, prompts: Sequence[str], features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """100 times the cosine of each picture and its prompt, `(B,)`, at most 100; Hessel et al., arXiv 2104.08718.
 
-        Unlike torchmetrics' mean, single scores are not clipped at 0.
+        Unlike torchmetrics' mean, single scores are not clipped at 0. `features`: the pictures', if they are there.
         """
         if len(pictures) != len(prompts):
             raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture")
         ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
         read = self.model.text_model(ids.to(self.model.device)).pooler_output
-        return 100 * torch.cosine_similarity(self.embed(pictures), self.model.text_projection(read))
+        seen = self.project(self(pictures) if features is None else features)
+        return 100 * torch.cosine_similarity(seen, self.model.text_projection(read))
 
 
 def probe(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, steps: int = 300) -> torch.Tensor:

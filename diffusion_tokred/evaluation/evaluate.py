@@ -45,7 +45,9 @@ def evaluate(
     reference: str | Path | None = None,
     claim: Claim | None = None,
     protocol: str | None = None,
+    departures: Sequence[str] = (),
     resamples: int | None = None,
+    judge_batch: int = 16,
     processes: launch.Processes | None = None,
     pace: Callable[[int, int], str] | None = None,
     progress: Progress | None = None,
@@ -59,8 +61,9 @@ def evaluate(
         rounds: of the timing pass, see `cost.measure_cost`; 0 leaves it out. It comes first, alone, with all of torch's
             threads, on the first prompt; a timing that is there already and was asked the same is kept.
         match_time: add runs of the unpatched pipeline with fewer steps that take as long as the methods.
-        judges, reference, claim, protocol, resamples: as in `measuring.measure`. A claim that is made after pictures
-            were drawn is measured too, and the result says so.
+        judges, reference, claim, protocol, departures, resamples: as in `measuring.measure`. A claim that is made
+            after pictures were drawn is measured too, and the result says so. The judges run where the pipeline does.
+        judge_batch: pictures judged together.
         processes: those of `launch.start`. The first one times and measures, all draw.
         pace: words about speed and time left, from pictures done and in all.
         progress: called now and then.
@@ -102,7 +105,8 @@ def evaluate(
     def last() -> dict[str, Any]:
         file = out / "timing.json"
         data = measure(
-            out, judges=judges, reference=reference, claim=claim, protocol=protocol, resamples=resamples,
+            out, judges=judges, device=pipe._execution_device, reference=reference, claim=claim, protocol=protocol,
+            departures=departures, resamples=resamples, batch=judge_batch,
             timing=json.loads(file.read_text(encoding="utf-8")) if rounds else None,
             progress=lambda what, share: tell(what, share, ""),
         )  # fmt: skip
@@ -121,15 +125,17 @@ def state(out: Path, result: dict[str, Any], early: bool) -> None:
     write_text(out / "result.json", to_json(result))
 
 
-def made_before(out: Path) -> tuple[Claim | None, bool, str | None]:
-    """Of a run that was evaluated before: its claim, whether that came before the pictures, and its protocol."""
-    claim, early, protocol = None, False, None
+def made_before(out: Path) -> tuple[Claim | None, bool, dict[str, Any]]:
+    """Of a run that was evaluated before: its claim, whether that came before the pictures, and what `measure` is to be
+    told of its protocol."""
+    claim, early, said = None, False, dict[str, Any]()
     if (out / "claim.json").exists():
         data = json.loads((out / "claim.json").read_text(encoding="utf-8"))
         claim, early = Claim(**data["claim"]), bool(data["early"])
     if (out / "result.json").exists():
-        protocol = json.loads((out / "result.json").read_text(encoding="utf-8")).get("protocol")
-    return claim, early, protocol
+        before = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        said = {"protocol": before.get("protocol"), "departures": before.get("departures") or ()}
+    return claim, early, said
 
 
 def write_report(out: str | Path, result: dict[str, Any]) -> None:

@@ -365,7 +365,14 @@ def _arguments(pipe: Any, call: Mapping[str, Any], variants: Sequence[Variant]) 
         if name not in known:
             raise UnsupportedError(f"{type(pipe).__name__} takes no {name}")
     own = {name: known[name].default for name in ("num_inference_steps", "guidance_scale") if name in known}
-    return own | dict(call)
+    arguments = own | dict(call)
+    most = arguments.get("num_inference_steps")
+    for variant in variants:
+        count = variant.call.get("num_inference_steps")
+        if variant.anchor == "steps" and isinstance(most, int) and count is not None and count >= most:
+            whose = "" if "num_inference_steps" in call else ", the pipeline's own number: say how many the run has"
+            raise ConfigError(f"{variant.name}: {count} steps are not fewer than the run's {most}{whose}")
+    return arguments
 
 
 def _alike(settings: list[dict[str, Any]]) -> None:

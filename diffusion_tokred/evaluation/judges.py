@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError
-from ..zoo import JUDGE
+from ..zoo import JUDGE, path
 from ..zoo import scenes as world
 from . import features, weights
 from .inception import RESIZES
@@ -35,7 +35,7 @@ class Judges:
 
     Attributes:
         found: where each is.
-        missing: what is not here, in one line each: not asked for by name, so no error.
+        missing: names of those that are not here: not asked for, so no error.
         resize: of Inception's pictures, see `inception`.
     """
 
@@ -61,10 +61,10 @@ class Judges:
                 continue
             try:
                 found[name] = weights.find(name, given.get(name))
-            except ConfigError as error:
+            except ConfigError:
                 if given.get(name) is not None or weights.named(need):
                     raise
-                missing.append(str(error))
+                missing.append(name)
         return cls(found, tuple(missing), resize)
 
     @cached_property
@@ -101,15 +101,15 @@ class Judges:
             return (self.clip,)
         return Inception(self.found["inception"].path, self.resize), self.clip
 
-    def load(self) -> None:
-        """Load all, so that a file that is cut or holds something else is found out now."""
-        _ = self.extractors, self.lpips, self.preferences
+    def load(self, device: torch.device | str = "cpu") -> None:
+        """Load all, so that a file that is cut or holds something else is found out now; onto a device."""
+        for judge in (*self.extractors, *self.lpips, *self.preferences.values()):
+            judge.to(device)
 
     def to_dict(self) -> dict[str, Any]:
         """For a result file: what judged, with its hashes."""
-        return {"clip": {"name": "clip", "label": JUDGE}} | {
-            name: found.to_dict() for name, found in self.found.items()
-        }
+        toy = {"name": "clip", "label": JUDGE, "sha256": weights.sha256(path(JUDGE))}
+        return {"clip": toy} | {name: found.to_dict() for name, found in self.found.items()}
 
 
 def check_reference(reference: str | Path | None, extractors: Sequence[Inception | Clip] = ()) -> None:
@@ -132,9 +132,9 @@ def check_reference(reference: str | Path | None, extractors: Sequence[Inception
 
 
 def references(
-    reference: str | Path | None, extractors: Sequence[Inception | Clip], side: int
+    reference: str | Path | None, extractors: Sequence[Inception | Clip], side: int, batch: int = 32
 ) -> tuple[list[Statistics | None], list[str]]:
-    """The reference's statistics for each extractor, and what is to be said.
+    """The reference's statistics for each extractor, its pictures read `batch` at a time; and what is to be said.
 
     An `.npz` belongs to one extractor: the others have no reference then, which is said. Errors are raised if it
     belongs to none.
@@ -144,12 +144,12 @@ def references(
         return [None] * len(extractors), []
     if str(reference) == DRAWN:
         source = f"{DRAWN_COUNT} drawn scenes of {side} pixels"
-        return [features.Statistics.of(drawn(side), extractor, source) for extractor in extractors], []
+        return [features.Statistics.of(drawn(side, batch=batch), extractor, source) for extractor in extractors], []
     found: list[Statistics | None] = []
     refused = []
     for extractor in extractors:
         try:
-            found.append(features.Statistics.load(reference, extractor))
+            found.append(features.Statistics.load(reference, extractor, batch))
         except ConfigError as error:
             if Path(reference).is_dir():
                 raise

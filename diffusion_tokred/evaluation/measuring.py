@@ -16,13 +16,15 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from . import distribution, statistics
+from . import distribution, notes, statistics
 from .cost import cost_of
 from .features import Statistics
 from .judges import Judges, references
+from .judging import Figures, Panel, exactly, foreign
+from .layout import label
 from .paired import Paired, Scores, scene_of, why_null
 from .results import plain, result, to_json, write_text
-from .store import Item, Run, load_run, pictures
+from .store import Run, load_run
 from .variants import UNPATCHED
 
 KIND = "evaluate"
@@ -43,28 +45,16 @@ class Claim:
     margins: Mapping[str, float] = field(default_factory=lambda: {"psnr": 0.0, "ssim": 0.0})
 
 
-@dataclass
-class _Figures:
-    """Of one variant: its items, and for each name a value a picture, None where there is none."""
-
-    items: list[Item]
-    metrics: dict[str, list[float | None]]
-    scores: dict[str, list[float | None]]
-    features: list[torch.Tensor]  # one for each extractor, `(n, d)`
-
-    @property
-    def prompts(self) -> list[int]:
-        return [item.index for item in self.items]
-
-
 def measure(
     out: str | Path,
     *,
     judges: Judges | None = None,
+    device: torch.device | str = "cpu",
     reference: str | Path | None = None,
     claim: Claim | None = None,
     timing: Mapping[str, Any] | None = None,
     protocol: str | None = None,
+    departures: Sequence[str] = (),
     resamples: int | None = None,
     batch: int = 16,
     progress: Progress | None = None,
@@ -75,10 +65,11 @@ def measure(
         out: the folder that `generate` filled. A run with pictures missing is measured on the prompts that all variants
             have, and its status is "partial".
         judges: what to judge with; by default what is on this machine.
+        device: what they run on, and figures of pixels too.
         reference: of FID and KID: a folder of pictures, an `.npz`, "drawn" (embedded scenes), or None.
         claim: of non-inferiority; it was to be made before the pictures were drawn.
         timing: what `measure_cost` returned.
-        protocol: its name, for the result.
+        protocol: its name, for the result; `departures`: in words, what was chosen otherwise.
         resamples: of FID's interval, see `distribution.distances`.
         batch: pictures judged together.
         progress: called with what is being done and the share that is done.
@@ -93,36 +84,36 @@ def measure(
     names = [name for name in run.items if run.items[name]]
     if UNPATCHED not in names:
         raise ConfigError(f"{run.out} has no pictures of the unpatched pipeline: draw them first")
-    foreign = _foreign(run)
-    check_claim(claim, names, judges, run.prompts.texts, foreign)
-    extractors, paired = judges.extractors, Paired(judges.lpips, judges.clip)
-    scores = Scores(judges.clip, all(map(scene_of, run.prompts.texts)), judges.preferences)
-    scores.better |= dict.fromkeys(foreign, "higher")
-    there, notes = references(reference, extractors, run.items[UNPATCHED][0].size[0])
+    panel = Panel(judges, run.prompts.texts, device)
+    elsewhere = foreign(run, panel.better)
+    check_claim(claim, names, judges, run.prompts.texts, elsewhere)
+    better = panel.better | dict.fromkeys(elsewhere, "higher")
+    with exactly(panel.device, batch):
+        there, said = references(reference, panel.extractors, run.items[UNPATCHED][0].size[0], batch)
 
     common = set.intersection(*({(i.index, i.repeat) for i in run.items[name]} for name in names))
     failed = {(line["index"], line["repeat"]) for line in run.failures}
     if lost := len(common & failed):
-        notes.append(f"{lost} prompts (and repeats) with a failed picture are in no figure, of no variant")
+        said.append(f"{lost} prompts (and repeats) with a failed picture are in no figure, of no variant")
     common -= failed
     if not common:
         raise ConfigError(f"{run.out}: no prompt was drawn well by all of {', '.join(names)}: draw more")
-    figures = {}
-    for place, name in enumerate(names):
-        tell(f"judging {name}", 0.9 * place / len(names))
-        figures[name] = found = _judged(run, name, common, paired, scores, extractors, batch)
-        found.scores |= {score: [values.get(i.file) for i in found.items] for score, values in foreign.items()}
+    with exactly(panel.device, batch):
+        figures = _figures(run, panel, names, common, batch, tell)
+    for found in figures.values():
+        found.scores |= {score: [values.get(i.file) for i in found.items] for score, values in elsewhere.items()}
 
     write_text(run.out / "items.jsonl", "".join(_lines(figures)))
     size = run.items[UNPATCHED][0].size
+    methods = [v["name"] for v in run.asked["variants"] if v["reduction"] and v["name"] in figures]
     variants = []
     for place, (name, found) in enumerate(figures.items()):
         tell(f"statistics of {name}", 0.9 + 0.1 * place / len(figures))
         asked = next(variant for variant in run.asked["variants"] if variant["name"] == name)
-        entry = _entry(run, asked, found, figures[UNPATCHED], paired, scores, size)
-        entry["distribution"] = _distribution(found, figures[UNPATCHED], extractors, there, resamples, name)
+        entry = _entry(run, asked, found, figures[UNPATCHED], better, size)
+        entry["distribution"] = _distribution(found, figures[UNPATCHED], panel.extractors, there, resamples, name)
         entry["cost"] = cost_of(timing, name) if timing is not None else None
-        entry["verdict"] = _verdicts(claim, found, figures, paired.better | scores.better, name, asked["anchor"])
+        entry["verdict"] = _verdicts(claim, name, figures, methods, better)
         variants.append(entry)
     settings = run.asked["settings"]
     measured = {"measured": len({index for index, _ in common}), "repeats": len({repeat for _, repeat in common})}
@@ -142,16 +133,21 @@ def measure(
     }
     data = result(KIND, **parts_of, rows=[], intervals=(timing or {}).get("intervals", {}), variants=variants)
     missing = {name: len(keys) for name, keys in run.missing.items() if keys}
+    said += notes.few(len(set(figures[UNPATCHED].prompts))) + notes.departing(protocol, departures)
+    said += [f"{label(metric)}: {text}" for metric, text in panel.paired.notes((size[1], size[0])).items()]
+    said += notes.absent(judges)
+    said += notes.timed(timing, settings["threads"])
     data |= plain(
         {
             "status": "partial" if missing else "complete",
             "protocol": protocol,
+            "departures": list(departures),
             "judges": judges.to_dict(),
             "claim": None if claim is None else {"against": claim.against, "margins": dict(claim.margins)},
             "timing": None if timing is None else {"env": timing["env"], "created": timing["created"]},
             "failures": run.failures,
             "missing": missing,
-            "notes": notes + [text for text in paired.notes((size[1], size[0])).values()],
+            "notes": said,
         }
     )
     write_text(run.out / "result.json", to_json(data))
@@ -186,72 +182,22 @@ def read_items(out: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line]  # prompts may hold other ends of lines
 
 
-def _judged(
-    run: Run,
-    name: str,
-    keys: set[tuple[int, int]],
-    paired: Paired,
-    scores: Scores,
-    extractors: Sequence[Any],
-    batch: int,
-) -> _Figures:
-    """All figures of a variant's pictures."""
-    found, parts = _Figures([], {}, {}, []), []
-    both = zip(_batches(run, name, keys, batch), _batches(run, UNPATCHED, keys, batch), strict=True)
-    for (items, seen), (_, unpatched) in both:
-        found.items += items
-        _append(found.scores, scores(seen, [item.prompt for item in items]))
-        if name != UNPATCHED:
-            _append(found.metrics, paired(unpatched, seen))
-        parts.append([extractor(seen).float().cpu() for extractor in extractors])
-    found.features = [torch.cat(some) for some in zip(*parts, strict=True)]
-    return found
+def _figures(
+    run: Run, panel: Panel, names: Sequence[str], keys: set[tuple[int, int]], batch: int, tell: Progress
+) -> dict[str, Figures]:
+    """Of all variants, the unpatched one first."""
+    figures: dict[str, Figures] = {}
+    for place, name in enumerate(names):
+
+        def judged(share: float, what: str = f"judging {name}", place: int = place) -> None:
+            tell(what, 0.9 * (place + share) / len(names))
+
+        judged(0.0)
+        figures[name] = panel.look(run, name, keys, figures.get(UNPATCHED), batch, judged)
+    return figures
 
 
-def _foreign(run: Run) -> dict[str, dict[str, float]]:
-    """Scores made elsewhere (ImageReward needs an environment of its own), by name and picture: `scores.jsonl` in the
-    run's folder, a line a picture such as {"file": "images/unpatched/000000-0-1a2b3c4d.png", "image_reward": 0.31}."""
-    file, found = run.out / "scores.jsonl", dict[str, dict[str, float]]()
-    known = {item.file for items in run.items.values() for item in items}
-    if not file.exists():
-        return found
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-            place, values = data.pop("file"), {str(name): float(value) for name, value in data.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f'{file}, line {number}: not {{"file": ..., "name": number, ...}}: {error}') from error
-        if place not in known:
-            raise ConfigError(f"{file}, line {number}: {place} is no picture of this run")
-        if wrong := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise ConfigError(f"{file}, line {number}: {', '.join(wrong)} is not a finite number")
-        for name, value in values.items():
-            found.setdefault(name, {})[place] = value
-    return found
-
-
-def _batches(run: Run, name: str, keys: set[tuple[int, int]], batch: int) -> Iterator[tuple[list[Item], torch.Tensor]]:
-    """Pictures of a variant in the order of repeat and index."""
-    waiting: list[tuple[Item, torch.Tensor]] = []
-    for item, picture in pictures(run, name):
-        if (item.index, item.repeat) in keys:
-            waiting.append((item, picture))
-        if len(waiting) == batch:
-            yield [item for item, _ in waiting], torch.stack([picture for _, picture in waiting])
-            waiting = []
-    if waiting:
-        yield [item for item, _ in waiting], torch.stack([picture for _, picture in waiting])
-
-
-def _append(to: dict[str, list[float | None]], found: Mapping[str, torch.Tensor]) -> None:
-    """nan is no figure; infinite ones (the PSNR of equal pictures) are kept."""
-    for name, values in found.items():
-        to.setdefault(name, []).extend(None if math.isnan(value) else value for value in values.tolist())
-
-
-def _lines(figures: Mapping[str, _Figures]) -> Iterator[str]:
+def _lines(figures: Mapping[str, Figures]) -> Iterator[str]:
     for name, found in figures.items():
         for place, item in enumerate(found.items):
             metrics, scores = (
@@ -276,10 +222,9 @@ def _lines(figures: Mapping[str, _Figures]) -> Iterator[str]:
 def _entry(
     run: Run,
     asked: Mapping[str, Any],
-    found: _Figures,
-    unpatched: _Figures,
-    paired: Paired,
-    scores: Scores,
+    found: Figures,
+    unpatched: Figures,
+    better: Mapping[str, str],
     size: tuple[int, int],
 ) -> dict[str, Any]:
     """What a variant's figures say: `paired`, `scores` and `change`."""
@@ -293,21 +238,19 @@ def _entry(
         if metric == "psnr":
             entry["paired"][metric] = statistics.paired_psnr(values, per_picture, prompts)
         else:
-            entry["paired"][metric] = statistics.paired(values, paired.better[metric], prompts)
-    entry["scores"] = {
-        name: statistics.score(values, scores.better[name], prompts) for name, values in found.scores.items()
-    }
+            entry["paired"][metric] = statistics.paired(values, better[metric], prompts)
+    entry["scores"] = {name: statistics.score(values, better[name], prompts) for name, values in found.scores.items()}
     if found is not unpatched:
         entry["change"] = {
-            name: statistics.change(values, unpatched.scores[name], scores.better[name], prompts)
+            name: statistics.change(values, unpatched.scores[name], better[name], prompts)
             for name, values in found.scores.items()
         }
     return entry
 
 
 def _distribution(
-    found: _Figures,
-    unpatched: _Figures,
+    found: Figures,
+    unpatched: Figures,
     extractors: Sequence[Any],
     there: Sequence[Statistics | None],
     resamples: int | None,
@@ -319,7 +262,7 @@ def _distribution(
         return entry
     for place, (extractor, reference) in enumerate(zip(extractors, there, strict=True)):
 
-        def of(figures: _Figures, source: str, place: int = place, by: Any = extractor) -> Statistics:
+        def of(figures: Figures, source: str, place: int = place, by: Any = extractor) -> Statistics:
             made_by = (by.name, by.weights_sha256, by.resize)
             return Statistics.from_features(figures.features[place], *made_by, source=source)
 
@@ -338,16 +281,17 @@ def _distribution(
 
 def _verdicts(
     claim: Claim | None,
-    found: _Figures,
-    figures: Mapping[str, _Figures],
-    better: Mapping[str, str],
     name: str,
-    anchor: str | None,
+    figures: Mapping[str, Figures],
+    methods: Sequence[str],
+    better: Mapping[str, str],
 ) -> dict[str, Any] | None:
-    """For each margin of the claim: variants with a method against what it names."""
-    if claim is None or anchor is not None or name == UNPATCHED:
+    """For each margin of the claim: a variant with a method against what it names. All that the run gives share the
+    chance of a false one."""
+    held = [method for method in methods if claim is not None and method != claim.against]
+    if claim is None or name not in held:
         return None
-    control, verdicts = figures[claim.against], {}
+    found, control, verdicts = figures[name], figures[claim.against], {}
     size = found.items[0].size
     for metric, margin in claim.margins.items():
         pair = []
@@ -356,6 +300,6 @@ def _verdicts(
             pair.append(statistics.capped_psnr(values, 3 * size[0] * size[1]) if metric == "psnr" else values)
         verdicts[metric] = statistics.verdict(
             *pair, margin=margin, better=better[metric], against=claim.against, prompts=found.prompts,
-            family=len(claim.margins),
+            family=len(claim.margins) * len(held),
         )  # fmt: skip
     return verdicts

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from ..errors import ConfigError
-
-WINDOW = 11  # pixels a side of SSIM's window
+from .similarity import ssims
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,8 @@ def psnrs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return peak_signal_noise_ratio(x, y, data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 
-def ssims(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`ssim` of each pair of two batches `(B, 3, H, W)`, in [0, 1]: `(B,)`, nan where the window does not fit."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    if min(x.shape[2:]) < WINDOW:
-        return x.new_full((len(x),), float("nan"))
-    return structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
-
-
 def _pair(a: Image.Image, b: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(1, 3, H, W)` float64 in [0, 1]: torchmetrics' SSIM takes no uint8."""
+    """`(1, 3, H, W)` float64 in [0, 1]."""
     if a.size != b.size:
         raise ConfigError(f"pictures of different sizes cannot be compared: {a.size} and {b.size}")
     x, y = (torch.from_numpy(np.asarray(p.convert("RGB"), dtype=np.float64) / 255) for p in (a, b))

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,15 +79,25 @@ def unread(pipe: Any, prompt: str) -> str | None:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if tokenizer is None or unknown is None:
         return None
-    count, longest = len(tokenizer(prompt, verbose=False).input_ids), tokenizer.model_max_length
-    if count > longest:
-        return f"the prompt has {count} tokens, the model reads the first {longest}"
-    if unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):  # CLIP's: it knows every letter
+    ids, longest = tokenizer(prompt, verbose=False).input_ids, tokenizer.model_max_length
+    if len(ids) > longest:
+        return f"the prompt has {len(ids)} tokens, the model reads the first {longest}"
+    if unknown not in ids or unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id):  # CLIP knows every letter
         return None
     words = [w for w in prompt.split() if unknown in tokenizer(w, add_special_tokens=False).input_ids]
     if not words:
         return None
     return f"the model does not know {', '.join(map(repr, words))}: it reads {tokenizer.unk_token} there"
+
+
+def unread_of(pipe: Any, texts: Iterable[str]) -> str | None:
+    """`unread` of many prompts, in one line: how many of the different ones, and the first."""
+    different = tuple(dict.fromkeys(texts))
+    notes = {text: note for text in different if (note := unread(pipe, text))}
+    if not notes:
+        return None
+    first = next(iter(notes))
+    return f"{len(notes)} of {len(different)} different prompts are not read whole, first {first!r}: {notes[first]}"
 
 
 def steps_of(pipe: Any) -> int:

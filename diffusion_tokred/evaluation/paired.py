@@ -18,10 +18,11 @@ from ..zoo import scenes as world
 from . import scenes
 from .clip import Clip
 from .lpips import Lpips
-from .metrics import WINDOW, psnrs, ssims
+from .metrics import psnrs
+from .similarity import BETAS, WINDOW, ms_ssims, scales, ssims
 
-BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM's five scales
 LEAST_SCENE = 64  # pixels a side from which a scene is read
+PIXELS = 2**20  # of the pictures that are compared at once: so many take about 0.4 GB, and 2.4 GB with LPIPS' VGG16
 
 
 class Paired:
@@ -43,21 +44,39 @@ class Paired:
             self.better[f"{clip.prefix}_distance"] = "lower"
 
     @torch.no_grad()
-    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`{metric: (B,)}` on the CPU. Raises `ConfigError` for pictures that are no pairs."""
+    def __call__(
+        self, a: torch.Tensor, b: torch.Tensor, seen: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`{metric: (B,)}` on the CPU, computed where the pictures are, `PIXELS` of them at a time.
+
+        Args:
+            seen: what calling `clip` on `a` and `b` gave, if that was done already.
+
+        Raises:
+            ConfigError: pictures that are no pairs.
+        """
         _check(a)
         _check(b)
         if a.shape != b.shape:
             raise ConfigError(f"pictures come in pairs of one size, got {tuple(a.shape)} and {tuple(b.shape)}")
-        x, y = (pictures.double() / 255 for pictures in (a, b))
-        found = {"psnr": psnrs(x, y), "ssim": ssims(x, y), "ms_ssim": ms_ssims(x, y)}
-        found["sharpness_ratio"] = _high_pass(b) / _high_pass(a)
+        count = max(1, PIXELS // (a.shape[2] * a.shape[3]))
+        parts = [self._pixels(x, y) for x, y in zip(a.split(count), b.split(count), strict=True)]
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if self.clip is not None:
+            x, y = (self.clip.project(features).double().cpu() for features in seen or (self.clip(a), self.clip(b)))
+            found[f"{self.clip.prefix}_distance"] = 1 - torch.cosine_similarity(x, y)
+        return found
+
+    def _pixels(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is computed from the pictures themselves."""
+        # Apple's GPUs have no float64.
+        x, y = ((p.cpu() if p.device.type == "mps" else p).double() for p in (a, b))
+        found = {"sharpness_ratio": _high_pass(y) / _high_pass(x)}
+        x, y = x / 255, y / 255
+        found = {"psnr": psnrs(x, y), "ssim": ssims(x, y), "ms_ssim": ms_ssims(x, y)} | found
         for judge in self.lpips:
             small = min(a.shape[2:]) < judge.smallest
             found[judge.name] = torch.full((len(a),), math.nan) if small else judge(a, b)
-        if self.clip is not None:
-            x, y = (self.clip.embed(pictures).double() for pictures in (a, b))
-            found[f"{self.clip.prefix}_distance"] = 1 - torch.cosine_similarity(x, y)
         return {name: values.double().cpu() for name, values in found.items()}
 
     def notes(self, size: tuple[int, int]) -> dict[str, str]:
@@ -85,19 +104,27 @@ class Scores:
     def __init__(
         self, clip: Clip | None = None, facts: bool = False, preferences: Mapping[str, Clip] | None = None
     ) -> None:
-        self.facts = facts
+        self.clip, self.facts = clip, facts
         self.judges = {} if clip is None else {f"{clip.prefix}_score": clip}
         self.judges |= preferences or {}
         names = list(self.judges)
         self.better = dict.fromkeys(names + [f"fact_{fact}" for fact in scenes.FACTS if facts], "higher")
 
     @torch.no_grad()
-    def __call__(self, pictures: torch.Tensor, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """`{score: (B,)}` on the CPU. Raises `ConfigError` without one prompt a picture."""
+    def __call__(
+        self, pictures: torch.Tensor, prompts: Sequence[str], seen: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`{score: (B,)}` on the CPU. Raises `ConfigError` without one prompt a picture.
+
+        `seen`: what calling `clip` on the pictures gave, if that was done already.
+        """
         _check(pictures)
         if len(pictures) != len(prompts):
             raise ConfigError(f"{len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture")
-        found = {name: judge.score(pictures, prompts).double().cpu() for name, judge in self.judges.items()}
+        found = {}
+        for name, judge in self.judges.items():
+            features = seen if judge is self.clip else None
+            found[name] = judge.score(pictures, prompts, features).double().cpu()
         if self.facts:
             found |= _facts(pictures.cpu(), [scene_of(prompt) for prompt in prompts])
         return found
@@ -125,40 +152,12 @@ def why_null(values: Mapping[str, float]) -> dict[str, str]:
     return found
 
 
-def scales(size: tuple[int, int]) -> int:
-    """How many of MS-SSIM's scales a picture of this size has: the coarsest has sides of 10 pixels or more.
-
-    So the five published ones need sides above 160, and one (plain SSIM) sides above 10; 0 for smaller pictures.
-    """
-    return sum(min(size) > 10 * 2**scale for scale in range(len(BETAS)))
-
-
-def ms_ssims(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Multi-scale SSIM of each pair of two batches `(B, 3, H, W)`, floats in [0, 1]: `(B,)`.
-
-    Wang, Simoncelli and Bovik, Asilomar 2003, on sides above 160 pixels. Smaller pictures have fewer scales (`scales`),
-    the finest ones, and their weights are scaled to a sum of 1; the window stays 11 pixels wide. Such figures compare
-    with others of the same size only. nan where not one scale is left.
-    """
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
-
-    count = scales((x.shape[2], x.shape[3]))
-    if not count:
-        return x.new_full((len(x),), math.nan)
-    betas = tuple(beta / sum(BETAS[:count]) for beta in BETAS[:count]) if count < len(BETAS) else BETAS
-    # torchmetrics sizes a Gaussian window by its sigma, 1.5, whatever `kernel_size` is. That only decides what it
-    # refuses: with the default, sides below 176, where its message says 161.
-    return multiscale_structural_similarity_index_measure(
-        x, y, data_range=1.0, reduction="none", betas=betas, kernel_size=1
-    )
-
-
-def _high_pass(pictures: torch.Tensor) -> torch.Tensor:
+def _high_pass(x: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of 8 times a pixel and its eight neighbours, over places and channels: `(B,)`.
 
-    Borders are mirrored. ToDo (arXiv 2402.13573) compares pictures by a mean absolute high-pass.
+    Borders are mirrored. ToDo (arXiv 2402.13573) compares pictures by a mean absolute high-pass. `x`: float64, whole
+    numbers, so that a flat picture has exactly 0.
     """
-    x = pictures.double()  # whole numbers, so that a flat picture has exactly 0
     if min(x.shape[2:]) < 2:
         return x.new_full((len(x),), math.nan)
     kernel = x.new_full((3, 1, 3, 3), -1)

@@ -244,10 +244,14 @@ def find(name: str) -> Protocol:
 
 
 def settings(name: str) -> dict[str, Any]:
-    """What a protocol says about the run: steps, guidance, size, repeats, prompts, limit; only what it says."""
+    """What a protocol says about the run, and only that: steps, guidance, size, repeats, scheduler, prompts, limit."""
     p = find(name)
     found: dict[str, Any] = {"steps": p.steps, "guidance": p.guidance, "size": p.size, "repeats": p.prompts.repeats}
-    found |= {"prompts": p.prompts.source, "limit": p.prompts.count if p.prompts.source else None}
+    found |= {
+        "scheduler": p.scheduler,
+        "prompts": p.prompts.source,
+        "limit": p.prompts.count if p.prompts.source else None,
+    }
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -262,7 +266,7 @@ def apply(name: str, overrides: Mapping[str, Any] | None = None) -> tuple[dict[s
         ConfigError: no such protocol or setting; the prompts have to be named, and were not: says where they are.
     """
     p, published = find(name), settings(name)
-    names = ("steps", "guidance", "size", "repeats", "prompts", "limit")
+    names = ("steps", "guidance", "size", "scheduler", "repeats", "prompts", "limit")
     chosen = {key: value for key, value in (overrides or {}).items() if value is not None}
     if unknown := [key for key in chosen if key not in names]:
         raise ConfigError(f"{name} has no setting {', '.join(unknown)}: there is {', '.join(names)}")

@@ -186,6 +186,8 @@ def _verdicts(variants: Sequence[Result]) -> Table:
         for metric, e in (v.get("verdict") or {}).items()
     ]
     note = "Margins were stated beforehand. Not shown does not mean worse."
+    if levels := [e["level"] for v in variants for e in (v.get("verdict") or {}).values() if e.get("level")]:
+        note += f" These {len(rows)} verdicts share the 5 %: each takes the {100 * max(levels):.4g} % interval."
     head = ("variant", "metric", "no worse", "margin", "against", "statement")
     return Table("No worse than the control?", head, tuple(rows), (note,))
 

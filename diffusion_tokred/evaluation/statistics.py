@@ -21,6 +21,7 @@ from ..errors import ConfigError
 
 LEVEL = 0.95
 RESAMPLES = 10_000
+BEYOND = 50  # resamples that lie beyond each end of an interval, at least: an end that few decide is not repeatable
 EXACT = 16  # prompts up to which all sign flips are enumerated: 65,536
 FEW = 20  # prompts below which an interval is marked, and no verdict is given; see docs/how-to-measure.md
 WORST = 20  # the worst one in 20: 5 %
@@ -60,7 +61,7 @@ class Mean:
 
 
 def mean(values: Values, prompts: Sequence[Hashable] | None = None, level: float = LEVEL) -> Mean:
-    """Mean over prompts with its BCa bootstrap interval (Efron 1987; 10,000 resamples of the prompts).
+    """Mean over prompts with its BCa bootstrap interval (Efron 1987; 10,000 resamples of the prompts, more above 99 %).
 
     Args:
         values: a figure a picture.
@@ -84,7 +85,7 @@ def mean(values: Values, prompts: Sequence[Hashable] | None = None, level: float
     if _constant(data):
         note = f"all {n} prompts have the same value: the bootstrap cannot tell how far others would be"
         return Mean(middle, middle, middle, len(kept), n, missing, note)
-    low, high = bca(data, _resampled(data), level)
+    low, high = bca(data, _resampled(data, max(RESAMPLES, round(2 * BEYOND / (1 - level)))), level)
     few = f"{n} prompts: an interval from fewer than {FEW} is too narrow" if n < FEW else None
     return Mean(middle, low, high, len(kept), n, missing, few)
 
@@ -229,10 +230,12 @@ def verdict(
             figures are seen: that is what makes the answer mean anything.
         better: "higher" or "lower" figures.
         against: the control's name.
-        family: how many verdicts are given together; the interval's level is then 1 - 0.05 / family (Bonferroni).
+        family: how many verdicts are given together: those of all metrics and of all variants that are held against the
+            control. The interval's level is then 1 - 0.05 / family (Bonferroni).
 
     Returns:
-        margin, against, statement (a sentence), passed, and the difference with its interval, in the metric's unit.
+        margin, against, level, statement (a sentence), passed, and the difference with its interval, in the metric's
+        unit.
 
     Raises:
         ConfigError: a margin that is negative or not a number; no pairs.
@@ -241,7 +244,8 @@ def verdict(
         raise ConfigError(f"a margin says how much worse is still as good: a number >= 0, got {margin}")
     if family < 1:
         raise ConfigError(f"a family has at least one verdict, got {family}")
-    gap = mean(differences(values, control), prompts, 1 - (1 - LEVEL) / family)
+    level = 1 - (1 - LEVEL) / family
+    gap = mean(differences(values, control), prompts, level)
     near = gap.low if better == "higher" else -gap.high  # the end of the interval on the worse side
     worse = f"{margin:g} or more worse than {against}" if margin else f"worse than {against}"
     passed = gap.prompts >= FEW and near > -margin
@@ -255,6 +259,7 @@ def verdict(
     return {
         "margin": float(margin),
         "against": against,
+        "level": level,
         "statement": statement,
         "passed": passed,
         "difference": gap.to_dict() | {"better": better},
@@ -290,11 +295,11 @@ def _constant(data: np.ndarray) -> bool:
     return bool(np.ptp(data) <= 1e-12 * np.abs(data).max())
 
 
-def _resampled(data: np.ndarray) -> np.ndarray:
-    """Means of `RESAMPLES` resamples with replacement, the same every time."""
+def _resampled(data: np.ndarray, count: int = RESAMPLES) -> np.ndarray:
+    """Means of `count` resamples with replacement, the same every time."""
     rng = np.random.default_rng(0)
     return np.concatenate(
-        [data[rng.integers(0, len(data), (rows, len(data)))].mean(1) for rows in _chunks(RESAMPLES, len(data))]
+        [data[rng.integers(0, len(data), (rows, len(data)))].mean(1) for rows in _chunks(count, len(data))]
     )
 
 

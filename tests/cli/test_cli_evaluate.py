@@ -16,6 +16,7 @@ from tests.cli.test_cli import ROOT, tokred
 SMALL = (
     "--prompts",
     "p.txt",
+    "--unique",
     "--steps",
     3,
     "--size",
@@ -35,7 +36,7 @@ def prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for variable in ("INCEPTION", "ALEXNET", "VGG", "CLIP"):
         monkeypatch.delenv(f"TOKRED_{variable}", raising=False)
-    Path("p.txt").write_text("a red star\na blue ring\n")
+    Path("p.txt").write_text("a red star\na blue zebra\na red star\n")
 
 
 def test_evaluate_and_go_on(folder: Path) -> None:
@@ -43,6 +44,7 @@ def test_evaluate_and_go_on(folder: Path) -> None:
     first = tokred("evaluate", "run", "--model", folder, *SMALL, *words)
     for text in ("tome-ratio-0.5", "PSNR", "run/report.html", "run/result.json"):
         assert text in first.stdout
+    assert "1 of 2 different prompts are not read whole, first 'a blue zebra'" in first.stderr
     data = json.loads(Path("run/result.json").read_text())
     assert [v["name"] for v in data["variants"]] == ["unpatched", "tome-ratio-0.5", "steps-2"]
     assert data["pipeline"]["steps"] == 3 and data["pipeline"]["width"] == 32 and data["prompts"]["n"] == 2
@@ -77,6 +79,7 @@ def test_evaluate_and_go_on(folder: Path) -> None:
         (("run", "--variant", "tome:ratio=2"), "ratio must be in"),
         (("run", "--variant", "steps:3", "--steps", 3), "not fewer than the run's 3"),
         (("run", "--prompts", "nothing.txt"), "nothing.txt"),
+        (("run", "--prompts", "p.txt", "--column", "caption"), "p.txt has no columns: leave 'caption' out"),
         (("run", "--margin", "psnr=0"), "belongs to a claim"),
         (("run", "--claim", "steps-2", "--margin", "psnr"), "METRIC=NUMBER"),
         (("run", "--reference", "nothing.npz"), "there is no nothing.npz"),

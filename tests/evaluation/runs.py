@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusion_tokred.evaluation.generation import Generated, generate
+from diffusion_tokred.evaluation.launch import Processes
 from diffusion_tokred.evaluation.variants import UNPATCHED, Variant, parse_variant
 from tests.evaluation import toys
 
@@ -45,3 +50,27 @@ def in_a_process(work: Callable[[], Any]) -> Any:
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
+
+
+def in_two_processes(folder: Path, work: Callable[[Processes], Any]) -> list[Any]:
+    """What `work` returns (as JSON) in each of two processes that know of each other, as torchrun's do.
+
+    None for one that failed: also if it waited in vain for the other, for ten seconds.
+    """
+
+    def one(rank: int) -> None:
+        torch.set_num_threads(1)
+        patience = datetime.timedelta(seconds=10)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2, timeout=patience
+        )
+        found = work(Processes(rank, 2, None, torch.distributed.new_group(backend="gloo", timeout=3 * patience)))
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+        torch.distributed.destroy_process_group()
+
+    running = [in_a_process(lambda rank=rank: one(rank)) for rank in range(2)]
+    for process in running:
+        process.join(60)
+        process.kill()
+    files = [folder / f"{rank}.json" for rank in range(2)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files]

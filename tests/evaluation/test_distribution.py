@@ -11,11 +11,12 @@ from PIL import Image
 from torch import nn
 
 from diffusion_tokred.errors import ConfigError
-from diffusion_tokred.evaluation import distribution, inception
+from diffusion_tokred.evaluation import distribution, inception, launch
 from diffusion_tokred.evaluation.clip import Clip
 from diffusion_tokred.evaluation.distribution import changes, distances, fid, key, kid
 from diffusion_tokred.evaluation.features import Statistics, array_pictures, check_reference, folder_pictures
 from diffusion_tokred.zoo import scenes
+from tests.evaluation.runs import in_two_processes
 from tests.reference import quality
 
 
@@ -54,6 +55,22 @@ def test_fid_is_that_of_the_definition() -> None:
     a, b = random_set(60, shift=0.4), random_set(45, seed=1)
     assert fid(a, b) == pytest.approx(quality.fid(array(a), array(b)), rel=1e-9)
     assert fid(a, a) == pytest.approx(0, abs=1e-6) and fid(a, b) > 0.1
+
+
+def test_the_process_that_measures_waits_for_no_other(tmp_path: Path) -> None:
+    """Of a run by several processes one measures: torchmetrics would gather from all of them."""
+
+    def work(processes: launch.Processes) -> list[float] | None:
+        found = None
+        if processes.rank == 0:
+            a, b = random_set(30, shift=0.4), random_set(30, seed=1)
+            found = [d.value for d in distances(a, b, paired=True, resamples=2).values()]
+        processes.gather(None)  # the other one is here from the start
+        return found
+
+    first, second = in_two_processes(tmp_path, work)
+    a, b = random_set(30, shift=0.4), random_set(30, seed=1)
+    assert first == pytest.approx([fid(a, b), kid(a, b, paired=True)]) and second is None
 
 
 def test_fid_with_fewer_pictures_than_features() -> None:

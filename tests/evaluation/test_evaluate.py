@@ -11,7 +11,9 @@ import pytest
 
 import diffusion_tokred as tokred
 from diffusion_tokred.evaluation import cost
-from diffusion_tokred.evaluation.evaluate import evaluate
+from diffusion_tokred.evaluation import evaluate as evaluate_module
+from diffusion_tokred.evaluation.evaluate import evaluate, made_before
+from diffusion_tokred.evaluation.generation import generate
 from diffusion_tokred.evaluation.judges import Judges
 from diffusion_tokred.evaluation.measuring import Claim
 from diffusion_tokred.evaluation.prompts import PromptSet
@@ -75,6 +77,29 @@ def test_a_variant_can_be_added(pipe: Any, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_variants_that_are_there_stay_with_what_is_asked_for(pipe: Any, tmp_path: Path) -> None:
+    """Costs and figures are measured together, so a second call with another variant takes the first ones along."""
+    assert evaluate_module._with_those_there(tmp_path / "run", VARIANTS) == list(VARIANTS)
+    fewer = Variant("steps-2", call={"num_inference_steps": 2}, anchor="steps")
+    generate(pipe, PROMPTS, (*VARIANTS, fewer), tmp_path / "run", call={"num_inference_steps": 3})
+    todo = Variant("todo", make_config("todo"))
+    found = evaluate_module._with_those_there(tmp_path / "run", (VARIANTS[0], todo, VARIANTS[1]))
+    assert found == [*VARIANTS, fewer, todo]
+
+
+def test_judges_run_where_the_pipeline_does_and_are_told_of_the_protocol(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, told = evaluate_module.measure, {}
+    monkeypatch.setattr(evaluate_module, "measure", lambda out, **options: told.update(options) or real(out, **options))
+    said = ("limit 2 instead of 64",)
+    data = go(pipe, tmp_path / "run", match_time=False, protocol="scenes", departures=said, judge_batch=1)
+    assert told["device"] == pipe._execution_device and told["batch"] == 1
+    assert data["departures"] == list(said) and "Not as in scenes: limit 2 instead of 64" in data["notes"]
+    assert any(note.startswith("Timed on cpu") for note in data["notes"])
+    assert made_before(tmp_path / "run")[2] == {"protocol": "scenes", "departures": list(said)}
+
+
 def test_a_claim_is_early_or_late(pipe: Any, tmp_path: Path) -> None:
     variants = (*VARIANTS, Variant("steps-2", call={"num_inference_steps": 2}, anchor="steps"))
     claim = Claim("steps-2", {"psnr": 0.0})
@@ -99,6 +124,9 @@ def test_nothing_is_spent_on_what_cannot_end(pipe: Any, tmp_path: Path, monkeypa
         go(pipe, tmp_path / "run", VARIANTS[1:])
     with pytest.raises(tokred.ConfigError, match="held against 'steps-9', the run has unpatched, tome"):
         go(pipe, tmp_path / "run", claim=Claim("steps-9"))
+    more = Variant("steps-3", call={"num_inference_steps": 3}, anchor="steps")
+    with pytest.raises(tokred.ConfigError, match="steps-3: 3 steps are not fewer than the run's 3"):
+        go(pipe, tmp_path / "run", (*VARIANTS, more))
     cut = tmp_path / "pt_inception.pth"
     cut.write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(tokred.ConfigError, match="pt_inception"):

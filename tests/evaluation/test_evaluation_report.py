@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from PIL import Image, ImageFilter
 
 from diffusion_tokred.errors import ConfigError
 from diffusion_tokred.evaluation import html as page
-from diffusion_tokred.evaluation import layout, plots, report, versus
+from diffusion_tokred.evaluation import layout, plots, report
+from diffusion_tokred.evaluation.evaluate import write_report
 from diffusion_tokred.evaluation.results import plain, prompts_of, result, to_json
 from diffusion_tokred.zoo import scenes
 
@@ -172,6 +174,11 @@ def test_verdicts_and_settings_are_tables() -> None:
     assert [row[1:5] for row in rows_of(text, "No worse than the control?")[1:]] == [
         ["SSIM", "shown", "0.01", "steps-22"], ["PSNR (dB)", "not shown", "0.01", "steps-22"],
     ]  # fmt: skip
+    assert "share the 5 %" not in text
+    made = fake()
+    for verdict in made["variants"][1]["verdict"].values():
+        verdict["level"] = 0.975
+    assert "These 2 verdicts share the 5 %: each takes the 97.5 % interval." in report.markdown(made)
     settings = {row[0]: row[1:] for row in rows_of(text, "Settings")[1:]}
     assert settings["tome-0.25"] == ["tome ratio=0.25", "25", "–"]  # levels [0] are the default
     assert settings["steps-12"] == ["none", "12", "steps"] and settings["unpatched"][0] == "none"
@@ -219,51 +226,6 @@ def test_only_results_of_evaluate_are_taken(tmp_path: Path) -> None:
                 call(wrong)  # type: ignore[operator]
     with pytest.raises(ConfigError, match="result file"):
         page.html({}, [], tmp_path, tmp_path / "report.html")
-
-
-def test_compare_gives_differences_with_intervals() -> None:
-    other = fake()
-    ssim = next(v for v in other["variants"] if v["name"] == "tome-0.5")["paired"]["ssim"]
-    ssim |= around(0.85, 0.016, "higher")
-    text = report.compare(fake(), other)
-    rows = {(row[0], row[1]): row[2:] for row in rows_of("## T\n" + text, "T")[1:]}
-    assert "Not alike" not in text
-    # half widths 0.012 and 0.016 make 0.020 together
-    assert rows["tome-0.5", "SSIM ↑"] == [
-        "0.800 [0.788, 0.812]",
-        "0.850 [0.834, 0.866]",
-        "+0.050 [+0.030, +0.070]",
-        "yes",
-    ]
-    assert rows["tome-0.5", "PSNR (dB) ↑"][3] == "no" and ("tome-0.5", "change of fact_relation") not in rows
-    skew = versus._difference({"mean": 1.0, "low": 0.0, "high": 4.0}, {"mean": 5.0, "low": 1.0, "high": 5.5})
-    assert skew == {"mean": 4.0, "low": 4.0 - 5.0, "high": pytest.approx(4.0 + np.hypot(0.5, 1.0))}
-
-
-def test_compare_says_what_is_not_alike_and_refuses_other_prompts() -> None:
-    other = fake(prompts={"name": "fake"} | prompts_of(["a", "c"]))
-    with pytest.raises(ConfigError, match="other prompts"):
-        report.compare(fake(), other)
-    assert "the prompts differ" in report.compare(fake(), other, any_prompts=True)
-    moved = fake()
-    moved["env"] |= {"device": "cuda: fake", "load": 7.0}
-    moved["pipeline"] |= {"steps": 30}
-    fid = next(v for v in moved["variants"] if v["name"] == "todo-0.5")["distribution"]["toy_fid"]
-    fid |= {"extractor": "inception", "value": 1.0}
-    del moved["variants"][1]
-    moved["judges"] = {"lpips": "other weights"}
-    text = report.compare(fake(), moved)
-    assert (
-        "env.device: cpu: fake and cuda: fake" in text
-        and "env.load" not in text
-        and "pipeline.steps: 25 and 30" in text
-    )
-    assert "judges.lpips: None and other weights" in text
-    assert "todo-0.5, toy-FID: other extractor" in text and "Only in a: tome-0.25." in text
-    rows = {(row[0], row[1]): row[2:] for row in rows_of("## T\n" + text, "T")[1:]}
-    assert rows["todo-0.5", "toy-FID ↓"][2:] == ["–", "–"] and rows["todo-0.25", "toy-FID ↓"][3] == "no"
-    with pytest.raises(ConfigError, match="no variant is in both"):
-        report.compare(fake(), fake(variants=[{"name": "else"}]))
 
 
 def test_the_plot_draws_what_the_result_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +342,18 @@ def test_the_page_is_whole_safe_and_worst_first(tmp_path: Path, monkeypatch: pyt
     assert re.findall(r'href="images/seed/(\d+)', second) == ["000005"] and "open" not in second[:10]
     assert [tag for tag, _ in reader.tags].count("picture") == 1 and "No plot" not in reader.text
     assert "worst SSIM first" in reader.text and "toy-CLIP distance" in reader.text
+
+
+def test_a_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the plot, and what to install for it."""
+    for name in ("matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it raises ImportError
+    items = run_folder(tmp_path, ["unpatched", "tome-0.5"], count=1, side=32)
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    write_report(tmp_path, fake())
+    assert "tome-0.5" in (tmp_path / "report.md").read_text() and not (tmp_path / "plot.png").exists()
+    text = Reader((tmp_path / "report.html").read_text()).text
+    assert 'No plot: a plot needs matplotlib: pip install "diffusion-tokred[eval]"' in text and "tome-0.5" in text
 
 
 @pytest.fixture

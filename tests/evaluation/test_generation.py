@@ -21,7 +21,7 @@ from diffusion_tokred.evaluation import generation, store
 from diffusion_tokred.evaluation.generation import SEED_SHIFT, Pace, batches
 from diffusion_tokred.evaluation.settings import weights_hash
 from diffusion_tokred.evaluation.store import load_run, pictures
-from diffusion_tokred.evaluation.variants import UNPATCHED, parse_variant
+from diffusion_tokred.evaluation.variants import UNPATCHED, Variant, parse_variant
 from diffusion_tokred.testing import tiny
 from tests.evaluation import toys
 from tests.evaluation.runs import CALL, PROMPTS, TOME, VARIANTS, draw, files
@@ -71,7 +71,8 @@ def test_variants_differ_and_repeated_prompts_do_not_collide(whole):
     for name, stack in drawn.items():
         assert stack.shape == (5, 3, 32, 32)
         assert not torch.equal(stack[0], stack[2])  # the same prompt from other noise
-        assert name == UNPATCHED or not torch.equal(stack, drawn[UNPATCHED])
+        if name not in (UNPATCHED, "numerics"):  # what rounding changes may vanish in 8 bits: it depends on the CPU
+            assert not torch.equal(stack, drawn[UNPATCHED])
     assert (drawn["numerics"].int() - drawn[UNPATCHED].int()).abs().max() <= 1
     assert (drawn["seed"].int() - drawn[UNPATCHED].int()).abs().float().mean() > 1
 
@@ -230,6 +231,14 @@ def test_calls_that_the_pipeline_refuses(tmp_path, pipe, monkeypatch):
     monkeypatch.setattr(pipe.unet, "forward", full)
     with pytest.raises(ConfigError, match="out of memory with 2 pictures at once"):
         draw(tmp_path / "b", pipe)
+
+
+def test_fewer_steps_are_fewer_than_the_pipelines_own(tmp_path, pipe):
+    """Where the run does not say how many, its default counts."""
+    more = Variant("steps-60", call={"num_inference_steps": 60}, anchor="steps")
+    with pytest.raises(ConfigError, match="steps-60: 60 steps are not fewer than the run's 50, the pipeline's own"):
+        draw(tmp_path / "a", pipe, variants=(Variant(UNPATCHED), more), call={"height": 16, "width": 16})
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_size_that_the_pipeline_changes(tmp_path, pipe, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from diffusion_tokred.evaluation.locks import Lock
 from diffusion_tokred.evaluation.prompts import PromptSet
 from diffusion_tokred.evaluation.store import load_run
 from diffusion_tokred.evaluation.variants import UNPATCHED
-from tests.evaluation.runs import PROMPTS, TOME, TYPED, count, draw, files, lines
+from tests.evaluation.runs import PROMPTS, TOME, TYPED, count, draw, files, in_two_processes, lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,6 +152,27 @@ def test_one_process_needs_no_launcher(bare):
     assert launch.start("cpu").world == 1
     assert launch.Processes().share(lambda: 3) == 3
     assert launch.Processes().gather(3) == [3]
+
+
+def test_whatever_goes_wrong_in_the_first_process_ends_the_others(tmp_path):
+    """Also what nobody expected: it is raised there as it is, and told to those that wait."""
+
+    def work(processes: launch.Processes) -> list[str]:
+        found = []
+        for error in (ZeroDivisionError("of nothing"), ConfigError("no such folder"), KeyError()):
+            try:
+                processes.share(functools.partial(fail, error))
+            except Exception as raised:
+                found.append(f"{type(raised).__name__}: {raised}")
+        return [*found, processes.share(lambda: f"rank {processes.rank}")]
+
+    first, second = in_two_processes(tmp_path, work)
+    assert first == ["ZeroDivisionError: of nothing", "SharedError: no such folder", "KeyError: ", "rank 0"]
+    assert second == ["SharedError: of nothing", "SharedError: no such folder", "SharedError: KeyError", "rank 0"]
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def test_a_launch_that_would_do_the_work_twice_is_refused(bare, tmp_path, pipe):

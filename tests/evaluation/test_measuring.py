@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from PIL import Image
 import diffusion_tokred as tokred
 from diffusion_tokred.evaluation import metrics, statistics
 from diffusion_tokred.evaluation.clip import Clip
+from diffusion_tokred.evaluation.evaluate import made_before, write_report
 from diffusion_tokred.evaluation.generation import generate
 from diffusion_tokred.evaluation.judges import Judges, drawn, references
 from diffusion_tokred.evaluation.measuring import Claim, measure, read_items
@@ -164,6 +166,35 @@ def test_a_timing_becomes_costs(run: Path) -> None:
     data = measure(run, judges=TOY, timing=timing)
     assert variant(data, "tome")["cost"]["speedup"] == entry and "seconds_raw" not in variant(data, "tome")["cost"]
     assert variant(data, "unpatched")["cost"] is None
+
+
+def test_what_a_reader_must_know_is_in_the_notes(run: Path) -> None:
+    """And so in the report, as Markdown and as a page."""
+    env = {"device": "cpu: some", "threads": 2, "cpus": 8, "load": 0.25, "torch": "2.x"}
+    timing = {"rows": [], "env": env, "created": "2026-01-01", "intervals": {}}
+    judges = Judges(missing=("inception", "clip"))
+    data = measure(run, judges=judges, timing=timing, protocol="scenes", departures=("limit 3 instead of 64",))
+    told = {
+        "missing": "FID's Inception-v3 (--inception-weights); a CLIPModel with its processor (--clip-model)",
+        "scales": "MS-SSIM: 2 of 5 scales, their weights scaled to a sum of 1",
+        "few": "3 different prompts, fewer than 20: the intervals are too narrow",
+        "protocol": "Not as in scenes: limit 3 instead of 64",
+        "timing": "Timed on cpu: some with 2 threads (pictures are drawn with 1), torch 2.x, load 0.2 on 8 CPUs before",
+    }
+    write_report(run, data)
+    page = html.unescape((run / "report.html").read_text())
+    for text in told.values():
+        assert sum(text in note for note in data["notes"]) == 1
+        assert text in (run / "report.md").read_text() and text in page
+    quiet = measure(run, judges=TOY)["notes"]
+    assert not any(word in note for note in quiet for word in ("Not here", "Not as in", "Timed on"))
+    assert made_before(run)[2] == {"protocol": None, "departures": ()}
+
+
+def test_the_embedded_judge_is_named_with_its_hash(run: Path) -> None:
+    judged = measure(run, judges=TOY)["judges"]["clip"]
+    assert judged == {"name": "clip", "label": "toy-clip", "sha256": Clip().weights_sha256}
+    assert len(judged["sha256"]) == 64
 
 
 def test_scores_made_elsewhere(run: Path) -> None:

@@ -82,3 +82,11 @@ def test_devices_and_dtypes() -> None:
             models.pick_device(wrong)
     with pytest.raises(ConfigError, match="float32, bfloat16, float16"):
         models.pick_dtype("int8", torch.device("cpu"))
+
+
+def test_prompts_that_are_not_read_whole_are_counted(pipe: Any) -> None:
+    """The tiny tokenizer knows nine words, and six of a prompt."""
+    assert models.unread_of(pipe, ["a red star", "a blue ring"]) is None
+    said = models.unread_of(pipe, ["a red star", "a red zebra", "a red zebra", "a red star a blue ring a red ring"])
+    assert said is not None and said.startswith("2 of 3 different prompts are not read whole, first 'a red zebra'")
+    assert "does not know 'zebra'" in said

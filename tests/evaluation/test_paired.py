@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from diffusion_tokred.errors import ConfigError
+from diffusion_tokred.evaluation import paired
 from diffusion_tokred.evaluation.clip import Clip
 from diffusion_tokred.evaluation.lpips import Lpips
 from diffusion_tokred.evaluation.metrics import psnr, ssim
-from diffusion_tokred.evaluation.paired import BETAS, Paired, Scores, ms_ssims, scales, scene_of, why_null
+from diffusion_tokred.evaluation.paired import Paired, Scores, scene_of, why_null
+from diffusion_tokred.evaluation.similarity import BETAS, ms_ssims, scales, ssims
 from diffusion_tokred.zoo import scenes
 from tests.reference import quality
 
@@ -81,6 +83,19 @@ def test_ms_ssim(size: tuple[int, int], count: int) -> None:
     assert ("ms_ssim" in Paired().notes(size)) == (count < 5)
 
 
+@pytest.mark.parametrize("size", [(11, 11), (33, 64), (90, 51)])
+@pytest.mark.parametrize("tone", [None, 250])
+def test_ssim_is_torchmetrics(size: tuple[int, int], tone: int | None) -> None:
+    """To rounding, also of flat and bright pictures: in float32 torchmetrics' own would be off there by 1e-3."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    a = pictures(2, size) if tone is None else torch.full((2, 3, *size), tone, dtype=torch.uint8)
+    x, y = a.double() / 255, spoiled(a, 1).double() / 255
+    theirs = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssims(x, y), theirs, rtol=0, atol=1e-10)
+    assert ssims(x, x).tolist() == pytest.approx([1, 1], abs=1e-12)
+
+
 def test_ms_ssim_is_torchmetrics_where_that_is_defined() -> None:
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
@@ -90,6 +105,23 @@ def test_ms_ssim_is_torchmetrics_where_that_is_defined() -> None:
         multiscale_structural_similarity_index_measure(x[i : i + 1], y[i : i + 1], data_range=1.0) for i in (0, 1)
     ]
     torch.testing.assert_close(ms_ssims(x, y), torch.stack(theirs))
+    assert ms_ssims(x, 1 - x).tolist() == [0, 0]  # what is negative counts as 0
+
+
+def test_large_pictures_are_compared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by pixels: never more at once than said, at least one picture, and the figures stay."""
+    a = pictures(7, 24)
+    b = spoiled(a)
+    judges, counts = Paired(lpips=[Lpips("vgg", None)]), []
+    whole = judges(a, b)
+    monkeypatch.setattr(paired, "ssims", lambda x, y: counts.append(len(x)) or ssims(x, y))
+    for pixels, parts in ((3 * 24 * 24 + 5, [3, 3, 1]), (10, [1] * 7)):
+        counts.clear()
+        monkeypatch.setattr(paired, "PIXELS", pixels)
+        found = judges(a, b)
+        assert counts == parts
+        for name, values in found.items():
+            torch.testing.assert_close(values, whole[name], rtol=1e-6, atol=1e-9)
 
 
 def test_the_note_says_how_many_scales() -> None:
@@ -139,6 +171,18 @@ def test_clip_distance_is_one_minus_the_cosine(clip: Clip) -> None:
     found = Paired(clip=clip)(a, b)["toy_clip_distance"]
     np.testing.assert_allclose(found.numpy(), 1 - cosine, atol=1e-5)
     assert found[0] > 0.1 > found[1] > 1e-4 and abs(found[2]) < 1e-12
+
+
+def test_features_that_are_there_serve(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP does not look again, and says the same."""
+    a = pictures(2, 128)
+    b, prompts = blurred(a), ["a red star", "a blue ring"]
+    seen = clip(a), clip(b)
+    distances, scores = Paired(clip=clip)(a, b), Scores(clip)(b, prompts)
+    monkeypatch.setattr(clip, "forward", lambda pictures: pytest.fail("looked again"))
+    name = "toy_clip_distance"
+    torch.testing.assert_close(Paired(clip=clip)(a, b, seen)[name], distances[name])
+    torch.testing.assert_close(Scores(clip)(b, prompts, seen[1]), scores)
 
 
 def test_only_the_embedded_judge_is_called_toy(clip: Clip, tmp_path) -> None:

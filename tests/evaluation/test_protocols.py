@@ -77,16 +77,18 @@ def test_prompts_that_are_not_shipped_are_named() -> None:
         with pytest.raises(ConfigError, match=f"(?s)not shipped.*{re.escape(where)}"):
             protocols.apply(name)
     found, departures = protocols.apply("tomesd", {"prompts": "imagenet.txt", "steps": None})
-    assert found == {"steps": 50, "guidance": 7.5, "size": (512, 512), "repeats": 2, "prompts": "imagenet.txt"}
-    assert departures == ()
+    said = {"steps": 50, "guidance": 7.5, "size": (512, 512), "repeats": 2, "scheduler": "PNDMScheduler"}
+    assert found == said | {"prompts": "imagenet.txt"} and departures == ()
 
 
 def test_departures_are_said() -> None:
     chosen = {"prompts": "a.txt", "steps": 10, "size": (256, 256), "guidance": 7.5, "limit": 100}
+    chosen |= {"scheduler": "DDIMScheduler"}
     found, departures = protocols.apply("tomesd", chosen)
     assert found == chosen | {"repeats": 2}
     assert departures == (
-        "steps 10 instead of 50", "size 256x256 instead of 512x512", "limit 100 of 1000 prompts",
+        "steps 10 instead of 50", "size 256x256 instead of 512x512", "scheduler DDIMScheduler instead of PNDMScheduler",
+        "limit 100 of 1000 prompts",
     )  # fmt: skip
     assert protocols.apply("scenes", {"limit": 8})[1] == ("limit 8 instead of 64",)
     assert protocols.apply("coco5k", {"prompts": "a.txt", "steps": 30})[1] == ()  # the protocol does not say

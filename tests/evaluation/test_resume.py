@@ -147,16 +147,16 @@ def test_an_interrupt_keeps_what_is_done(tmp_path, short, pipe):
 
 
 def test_variants_and_repeats_may_be_added(tmp_path, pipe):
-    out, whole = tmp_path / "a", tmp_path / "whole"
-    draw(whole, pipe, variants=VARIANTS)
-    draw(out, pipe, variants=VARIANTS[:1])
-    made = draw(out, pipe, variants=(VARIANTS[0], *VARIANTS[2:]))
+    out, whole, call = tmp_path / "a", tmp_path / "whole", QUICK | {"num_inference_steps": 2}
+    draw(whole, pipe, variants=VARIANTS, call=call)
+    draw(out, pipe, variants=VARIANTS[:1], call=call)
+    made = draw(out, pipe, variants=(VARIANTS[0], *VARIANTS[2:]), call=call)
     assert (made.kept, made.drawn) == (5, 15)
-    made = draw(out, pipe)
+    made = draw(out, pipe, call=call)
     assert [variant.name for variant in made.run.variants] == [UNPATCHED, "steps-1", "seed", "numerics", TOME]
     assert made.run.variants == (VARIANTS[0], *VARIANTS[2:], VARIANTS[1])
     assert files(out) == files(whole)
-    made = draw(out, pipe, repeats=2)
+    made = draw(out, pipe, repeats=2, call=call)
     assert (made.kept, made.drawn, made.run.asked["repeats"]) == (10, 10, 2)
     assert {name for name, missing in made.run.missing.items() if missing} == {"steps-1", "seed", "numerics"}
     assert files(out).items() > files(whole).items()

@@ -2,7 +2,9 @@
 
 import io
 import random
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from diffusion_tokred.errors import ConfigError
 from diffusion_tokred.evaluation import scenes as scorer
+from diffusion_tokred.evaluation.generation import generate
+from diffusion_tokred.evaluation.prompts import PromptSet
+from diffusion_tokred.evaluation.variants import Variant
+from diffusion_tokred.methods import CONFIGS, METHODS, RandomKeep, make_config, make_method
 from diffusion_tokred.zoo import scenes
 
 SCENES = [scenes.sample_scene(random.Random(f"scorer-{i}"), held_out=i % 4 == 0) for i in range(40)]
@@ -175,3 +182,29 @@ def test_other_pictures_are_refused(pictures, message):
 def test_counts_must_agree():
     with pytest.raises(ValueError, match="40 scenes and 0 readings"):
         scorer.score(SCENES, [])
+
+
+@pytest.fixture
+def score_zoo(monkeypatch):
+    """What is in scripts/score_zoo.py; the method that it registers goes away again."""
+    for table in (CONFIGS, METHODS):
+        monkeypatch.setitem(table, "broken", None)
+    return runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "score_zoo.py"))
+
+
+def test_the_broken_method_is_what_is_drawn(score_zoo):
+    """Not the baseline that it is made of."""
+    assert type(make_method(make_config("broken", ratio=0.5))) is score_zoo["Broken"]
+    assert type(make_method(make_config("random-keep"))) is RandomKeep and RandomKeep.name == "random-keep"
+
+
+def test_facts_are_read_of_the_evaluation_prompts_only(score_zoo, tmp_path, pipe, capsys):
+    """Another prompt at the same place would be scored against a scene that nobody asked for."""
+    call, facts = {"num_inference_steps": 1, "width": 64, "height": 64}, score_zoo["facts"]
+    prompts = tuple(scenes.evaluation_prompts(2))
+    generate(pipe, PromptSet("scenes", prompts), [Variant("unpatched")], tmp_path / "a", call=call)
+    facts(tmp_path / "a", "unpatched", "shape", None)
+    assert "all: 2 pictures" in capsys.readouterr().out
+    generate(pipe, PromptSet("p.txt", (prompts[0], "a red star")), [Variant("unpatched")], tmp_path / "b", call=call)
+    with pytest.raises(ConfigError, match="not drawn from the evaluation prompts: its prompt 1 is 'a red star', not"):
+        facts(tmp_path / "b", "unpatched", "shape", None)

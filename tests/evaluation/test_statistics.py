@@ -183,7 +183,17 @@ def test_a_verdict_needs_the_whole_interval_on_the_right_side() -> None:
 
 def test_many_verdicts_need_more() -> None:
     one, many = verdicts(0.0, 0.3)["difference"], verdicts(0.0, 0.3, family=10)["difference"]
+    assert verdicts(0.0, 0.3, family=10)["level"] == pytest.approx(0.995)
     assert many["low"] < one["low"] and many["high"] > one["high"] and many["mean"] == one["mean"]
+
+
+def test_narrow_tails_are_drawn_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 resamples or more beyond each end, so that no end hangs on a few of them."""
+    real, counts = statistics._resampled, []
+    monkeypatch.setattr(statistics, "_resampled", lambda data, count: counts.append(count) or real(data, count))
+    for level in (0.95, 1 - 0.05 / 20):
+        mean(skewed(30), level=level)
+    assert counts == [10_000, 40_000]
 
 
 def test_no_verdict_from_few_prompts_or_about_nothing() -> None:
