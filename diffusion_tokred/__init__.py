@@ -14,9 +14,23 @@ if TYPE_CHECKING:
     from .coverage import Cell, coverage
     from .errors import ConfigError, StateError, UnsupportedError
     from .explaining import Explanation, explain
-    from .methods import MethodConfig, RandomKeepConfig, ToDoConfig, ToMeConfig, register_method
+    from .methods import (
+        CATConfig,
+        DeepCacheConfig,
+        DuCaConfig,
+        FirstBlockConfig,
+        FORAConfig,
+        MethodConfig,
+        RandomKeepConfig,
+        RASConfig,
+        TaylorSeerConfig,
+        ToCaConfig,
+        ToDoConfig,
+        ToMeConfig,
+        register_method,
+    )
     from .patching import methods, patch, patched, report, unpatch
-    from .processors import ToDoAttnProcessor, ToMeAttnProcessor
+    from .processors import ClusterPruneAttnProcessor, ToDoAttnProcessor, TokenCacheAttnProcessor, ToMeAttnProcessor
     from .runtime.stats import Report, StepRecord
     from .schedule.policy import Policy
     from .stepping import steps
@@ -24,19 +38,29 @@ if TYPE_CHECKING:
 from .version import __version__ as __version__
 
 __all__ = [
+    "CATConfig",
     "Cell",
+    "ClusterPruneAttnProcessor",
     "ConfigError",
+    "DeepCacheConfig",
+    "DuCaConfig",
     "Explanation",
+    "FORAConfig",
+    "FirstBlockConfig",
     "MethodConfig",
     "Policy",
+    "RASConfig",
     "RandomKeepConfig",
     "Report",
     "StateError",
     "StepRecord",
+    "TaylorSeerConfig",
+    "ToCaConfig",
     "ToDoAttnProcessor",
     "ToDoConfig",
     "ToMeAttnProcessor",
     "ToMeConfig",
+    "TokenCacheAttnProcessor",
     "UnsupportedError",
     "coverage",
     "explain",
@@ -57,9 +81,28 @@ _HOMES = {
     "coverage": ("Cell", "coverage"),
     "errors": ("ConfigError", "StateError", "UnsupportedError"),
     "explaining": ("Explanation", "explain"),
-    "methods": ("MethodConfig", "RandomKeepConfig", "ToDoConfig", "ToMeConfig", "register_method"),
+    "methods": (
+        "CATConfig",
+        "DeepCacheConfig",
+        "DuCaConfig",
+        "FORAConfig",
+        "FirstBlockConfig",
+        "MethodConfig",
+        "RASConfig",
+        "RandomKeepConfig",
+        "TaylorSeerConfig",
+        "ToCaConfig",
+        "ToDoConfig",
+        "ToMeConfig",
+        "register_method",
+    ),
     "patching": ("methods", "patch", "patched", "report", "unpatch"),
-    "processors": ("ToDoAttnProcessor", "ToMeAttnProcessor"),
+    "processors": (
+        "ClusterPruneAttnProcessor",
+        "ToDoAttnProcessor",
+        "ToMeAttnProcessor",
+        "TokenCacheAttnProcessor",
+    ),
     "runtime.stats": ("Report", "StepRecord"),
     "schedule.policy": ("Policy",),
     "stepping": ("steps",),

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -25,8 +26,9 @@ from .errors import ConfigError
 from .measure.flops import Flops
 from .methods import Method
 from .runtime.ledger import Ledger
-from .runtime.site import BlockKeeper, GridKeeper, Leaf, Memory, Site
+from .runtime.site import BlockKeeper, GridKeeper, Level, Site
 from .runtime.stats import Report, StepRecord
+from .runtime.store import Memory
 from .runtime.tracker import StepInfo, Tracker
 from .schedule.policy import Policy
 from .tokens import mix
@@ -50,19 +52,26 @@ class Driver:
         policy: Policy,
         seed: int,
         record: str | None,
+        budget: int | None = None,
     ) -> None:
+        self.budget = budget  # bytes that may be kept from step to step
         self.denoiser, self.backbone, self.layout, self.sites = denoiser, backbone, layout, sites
         self.method, self.policy, self.seed, self.record = method, policy, seed, record
         self.levels = [level for level in layout.levels if any(site.level is level for site in sites)]
         self.needs = {site.kind: method.needs(site.kind) for site in sites}
+        for site in sites:
+            for inner in site.inner:  # what lies inside of a site goes by its plan
+                inner.plan = site.plan
+        method.begin(backbone.name, sites)
         self.tracker = Tracker(denoiser)
         self._names = [*inspect.signature(type(denoiser).forward).parameters][1:]  # of the denoiser's arguments
         self.ledger = Ledger()
-        self.flops = Flops(backbone, denoiser, layout.sites)
+        self.flops = Flops(backbone, denoiser, layout.sites, layout.pairs)
         self.report: Report | None = None
         self.info: StepInfo | None = None
         self._allowed: set[tuple[str, float]] = set()
         self._memories: dict[tuple[Any, ...], Memory] = {}
+        self.decided = ("full", 0.0)
         self._maps: list[tuple[int, str, dict[int, Tensor]]] = []
         self._counts: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
         self._started = 0.0
@@ -91,7 +100,8 @@ class Driver:
 
     def act(self, site: Site) -> None:
         """Make the method act at a site."""
-        self.ledger.wrap(Leaf(site, self.method.apply))
+        for wrapper in site.wrappers(self.method):
+            self.ledger.wrap(wrapper)
 
     def remove(self) -> list[str]:
         """Undo it. Returns what had to stay, inert, because another tool lies over it."""
@@ -110,46 +120,19 @@ class Driver:
         if info.new_run:
             self._close()
             self.report = Report(self.method.name, self.method.config.to_dict(), type(denoiser).__name__)
+            if not getattr(self.policy, "is_dense", False) and (reason := self.method.rests(info.total)):
+                warnings.warn(reason, stacklevel=2)
         self.info = info
         inputs = self._inputs(args, kwargs)
         sample = self.backbone.latent(inputs)
         self.backbone.observe(self.layout, denoiser, inputs)
-        for level in self.levels:
-            level.halves, level.status, level.recording = info.halves, None, self.record == "tokens"
-            level.scratch, level.running = {}, True
-            level.key = torch.full((), mix(self.seed, info.index, level.index), dtype=torch.int64, device=sample.device)
-            # What is kept is kept for these tokens: a call of another size has a memory of its own.
-            passes = "" if self.method.shares_passes else info.pass_key
-            key = (level.index, passes, info.batch, level.grid, sample.device)
-            level.memory = self._memories.setdefault(key, Memory())
-        led: set[int] = set()
+        self._remember(info, inputs, sample.device)
+        self.decide(info.index, info.total, info.u)
         for site in self.sites:
-            mode, ratio = self.policy.at(info.u, site.level.index, site.kind, site.block.index)
-            if (mode, ratio) not in self._allowed:  # a policy may be any function
-                self.method.allow(mode, ratio)
-                self._allowed.add((mode, ratio))
-            memory = site.level.memory
-            site.leader = mode != "full" and site.level.index not in led
-            site.plan.set(mode, ratio)
-            site.plan.refresh = (
-                memory.text != site.plan.text  # as it is when there is nothing yet
-                or not 0 <= info.index - memory.index < max(self.method.every, 1)
-            )
-            if site.leader:
-                led.add(site.level.index)
+            if not site.plan.idle:
+                site.check(inputs)
             site.enter(self.needs[site.kind])
-        for site in self.sites:
-            memory, text = site.level.memory, site.plan.text
-            if site.leader and site.plan.refresh:
-                memory.value, memory.prepared, memory.scratch = None, {}, {}
-                memory.index, memory.text = info.index, text
-            if site.plan.mode != "full" and text not in memory.prepared:
-                try:
-                    memory.prepared[text] = self.method.prepare(site)
-                except ConfigError:
-                    raise
-                except ValueError as error:  # the tokens' floor says what a grid is too small for
-                    raise ConfigError(f"{self.method.name} at {site.name}: {error}") from error
+        self._prepare(info)
         if self.record == "time":
             _synchronize(sample)
             self._started = time.perf_counter()
@@ -160,13 +143,22 @@ class Driver:
         if self._thread != threading.get_ident():
             return  # refused in `before`: another thread's step is on, and not to be touched
         self._leave()
+        if output is None:  # broken off: what was kept is new in part
+            self._memories.clear()
         if output is None or self.report is None or self.info is None:
             return
+        if self.decided[0] != "full" and all(site.plan.mode == "full" for site in self.sites):
+            self.decided = ("full", 0.0)  # as a site found out inside of the call
+            for level in self.levels:
+                level.memory.clock.amend(self.info.index)
         inputs = self._inputs(args, kwargs)
         seconds = None
         if self.record == "time":
             _synchronize(self.backbone.latent(inputs))
             seconds = time.perf_counter() - self._started
+        if self.method.watches_output and self.keeping(self.info.total):
+            tokens = self.backbone.tokens(self.layout, inputs, output)
+            self.method.observe(self.levels[0], tokens, self.info.index)
         self.report.steps.append(self._record(self.info, inputs, seconds))
         if self.record == "tokens":
             seen = {level.index: level.status for level in self.levels if level.status is not None}
@@ -205,6 +197,104 @@ class Driver:
             site.level.running = False
             site.block.input = site.block.scratch = None
 
+    # --- what is decided, and kept --------------------------------------------------------------------------------
+
+    def _remember(self, info: StepInfo, inputs: dict[str, Any], device: torch.device) -> None:
+        """Give each level the memory of this pass. What is kept is kept for these tokens: a call of another size, or
+        with another prompt, has one of its own."""
+        keeps = self.keeping(info.total)
+        text = int(self.backbone.text(self.denoiser, inputs))
+        words = inputs.get("encoder_hidden_states", inputs.get("class_labels")) if keeps else None
+        for level in self.levels:
+            level.halves, level.status, level.recording = info.halves, None, self.record == "tokens"
+            level.scratch, level.running, level.at = {}, True, None
+            level.key = torch.full((), mix(self.seed, info.index, level.index), dtype=torch.int64, device=device)
+            passes = "" if self.method.shares_passes else info.pass_key
+            key = (level.index, passes, info.batch, level.grid, text if keeps else 0, device)
+            if key not in self._memories or not _same(words, self._memories[key].notes.get("words")):
+                if keeps:  # of no use any more
+                    self._memories = {k: memory for k, memory in self._memories.items() if k[:2] != key[:2]}
+                self._memories[key] = memory = self._memory(level, info.batch, text) if keeps else Memory()
+                memory.notes["words"] = words
+            level.memory = self._memories[key]
+            if keeps:
+                clock, noise = level.memory.clock, self.method.coordinate == "noise"
+                clock.arrive(info.index, info.u)
+                earlier = [step for step in clock.kinds if step < info.index]
+                gaps = (
+                    clock.since(info.index, clock.full, noise),
+                    clock.since(info.index, max(earlier, default=None), noise),
+                )
+                level.gap, level.pace = torch.tensor(gaps, dtype=torch.float32, device=device).unbind()
+
+    def _memory(self, level: Level, batch: int, text: int) -> Memory:
+        """A new pass's, with slots for its sites. Refused if there is no room for it.
+
+        Raises:
+            ConfigError: what would be kept is more than `cache_budget`.
+        """
+        memory = Memory()
+        sites = [site for site in self.sites if site.level is level]
+        for site in sites:
+            memory.slots |= site.slots()
+        if self.budget is not None and level.grid is not None:
+            ratio, dtype = self.method.config.share, dtype_of(self.denoiser)
+            memory.need = sum(self.method.stored(site, level.grid, ratio, batch, dtype, text) for site in sites)
+            need = memory.need + sum(other.need for other in self._memories.values())
+            if need > self.budget:
+                raise ConfigError(
+                    f"{self.method.name} would keep {need:,} bytes from step to step here, more than cache_budget="
+                    f"{self.budget:,}: raise it, or keep less (see `explain`, and the method's options)"
+                )
+        return memory
+
+    def keeping(self, total: int | None) -> bool:
+        """Whether what full steps compute is kept in a run of so many steps."""
+        return self.method.keeps and not getattr(self.policy, "is_dense", False) and self.method.rests(total) is None
+
+    def decide(self, index: int, total: int | None, u: float) -> None:
+        """Set the plan of each site: what the policy asks for, and what the method makes of it."""
+        led: set[int] = set()
+        steps: dict[tuple[int, tuple[str, float]], tuple[str, float]] = {}
+        keeps = self.keeping(total)
+        for site in self.sites:
+            asked = self.policy.at(u, site.level.index, site.kind, site.block.index)
+            if asked not in self._allowed:  # a policy may be any function
+                self.method.allow(*asked)
+                self._allowed.add(asked)
+            memory, place = site.level.memory, (site.level.index, asked)
+            if place not in steps:
+                steps[place] = self.method.step(memory.clock, index, total, *asked)
+            mode, ratio = self.method.part(site, index, total, *steps[place])
+            site.leader = mode != "full" and site.level.index not in led
+            site.plan.set(mode, ratio, keep=keeps)
+            site.plan.refresh = (
+                memory.text != site.plan.text  # as it is when there is nothing yet
+                or not 0 <= index - memory.index < max(self.method.every, 1)
+            )
+            if site.leader:
+                led.add(site.level.index)
+        for level in self.levels:
+            for (where, _), (mode, _) in steps.items():
+                if where == level.index:
+                    level.memory.clock.turn(index, mode)
+        self.decided = next((step for step in steps.values() if step[0] != "full"), ("full", 0.0))
+
+    def _prepare(self, info: StepInfo) -> None:
+        """Let the method make what the plans need."""
+        for site in self.sites:
+            memory, text = site.level.memory, site.plan.text
+            if site.leader and site.plan.refresh:
+                memory.value, memory.prepared, memory.scratch = None, {}, {}
+                memory.index, memory.text = info.index, text
+            if site.plan.mode != "full" and text not in memory.prepared:
+                try:
+                    memory.prepared[text] = self.method.prepare(site)
+                except ConfigError:
+                    raise
+                except ValueError as error:  # the tokens' floor says what a grid is too small for
+                    raise ConfigError(f"{self.method.name} at {site.name}: {error}") from error
+
     # --- bookkeeping ---------------------------------------------------------------------------------------------
 
     def publish(self, finished: bool = False) -> None:
@@ -240,10 +330,9 @@ class Driver:
         if key not in self._counts:
             self._counts[key] = self._count(*size)
         total, computed, flops, dense = self._counts[key]
-        active = next((site.plan for site in self.sites if site.plan.mode != "full"), None)
         return StepRecord(
-            info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma,
-            active.mode if active else "full", active.ratio if active else 0.0, total, computed, flops, dense, seconds,
+            info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma, *self.decided,
+            total, computed, flops, dense, seconds,
         )  # fmt: skip
 
     def _count(self, height: int, width: int, batch: int, text: int) -> tuple[int, int, int, int]:
@@ -275,6 +364,19 @@ class Driver:
                     full = F.interpolate(maps[level.index][None, None].float(), size=(h, w), mode="nearest")
                     result[step, passes.index(name), place] = full[0, 0].to(torch.uint8).numpy()
         return result
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The type that a model computes in, as diffusers' models say it."""
+    found = getattr(module, "dtype", torch.float32)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _same(words: Any, before: Any) -> bool:
+    """Whether two calls have the same prompt: then what was kept of one is good for the other."""
+    if words is before or not isinstance(words, Tensor) or not isinstance(before, Tensor):
+        return words is before or not isinstance(words, Tensor)
+    return words.shape == before.shape and torch.equal(words, before)
 
 
 def _synchronize(tensor: Tensor) -> None:

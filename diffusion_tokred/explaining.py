@@ -210,7 +210,7 @@ def explain(
     else:
         noise = _noise(target, backbone, rule, num_inference_steps, math.prod(grids[levels[0].index]))
     for index, u in enumerate(noise):
-        count.step(index, u)
+        count.step(index, u, len(noise) if num_inference_steps else None)
     return count.explanation(_warnings(count, rule, num_inference_steps), bool(num_inference_steps))
 
 
@@ -230,23 +230,19 @@ class _Count:
         self.bytes = 0
         self.steps: list[StepLine] = []
         self.works: dict[str, Work] = {}  # at the step with the largest ratio
-        self._kept: dict[int, tuple[int, str]] = {}  # level -> step and ratio of the decision that it keeps
 
-    def step(self, index: int, u: float) -> None:
-        """Plan a step as `Driver.before` does, and count it."""
+    def step(self, index: int, u: float, total: int | None) -> None:
+        """Plan a step as `Driver.before` does, and count it. Without a `total`: one after the first ones."""
         driver, method = self.driver, self.driver.method
-        led: set[int] = set()
-        for site in driver.sites:
-            mode, ratio = driver.policy.at(u, site.level.index, site.kind, site.block.index)
-            site.plan.set(mode, ratio)
-            site.leader = mode != "full" and site.level.index not in led
-            made, text = self._kept.get(site.level.index, (-math.inf, ""))
-            site.plan.refresh = text != site.plan.text or index - made >= max(method.every, 1)
-            if site.leader:
-                led.add(site.level.index)
+        if total is None:
+            index = max(getattr(method.config, "warmup", 0), 1)
+            for level in driver.levels:
+                level.memory.clock.turn(index - 1, "full")
+        driver.decide(index, total, u)
         active = [site for site in driver.sites if site.plan.mode != "full"]
         fresh = [site for site in active if site.leader and site.plan.refresh]
-        self._kept |= {site.level.index: (index, site.plan.text) for site in fresh}
+        for site in fresh:
+            site.level.memory.index, site.level.memory.text = index, site.plan.text
         try:
             works = method.works(driver.sites, self.grids)
         except (ConfigError, UnsupportedError):
@@ -256,13 +252,17 @@ class _Count:
         parts = driver.flops.parts(*self.size, works)
         self.reduced = {kind: n + parts[kind] for kind, n in self.reduced.items()}
         self.touched += sum(self.flops(part) for site in active for part in (site, *site.inner))
+        self.touched += self.dense["rest"] - parts["rest"]  # what lies between the sites and is left out with them
         batch = self.size[2]
-        stored = [method.stored(s, self.grids[s.level.index], s.plan.ratio, batch, self.dtype) for s in active]
+        stored = [
+            method.stored(site, self.grids[site.level.index], site.plan.ratio, batch, self.dtype, self.size[3])
+            for site in (driver.sites if driver.keeping(total) else active)
+        ]
         self.bytes = max(self.bytes, sum(stored))
-        shown = active[0].plan if active else driver.sites[0].plan
-        if not self.steps or shown.ratio > max(step.ratio for step in self.steps):
+        mode, ratio = driver.decided
+        if not self.steps or ratio > max(step.ratio for step in self.steps):
             self.works = works
-        self.steps.append(StepLine(index, u, shown.mode, shown.ratio, bool(fresh), sum(parts.values())))
+        self.steps.append(StepLine(index, u, mode, ratio, bool(fresh), sum(parts.values())))
 
     def flops(self, site: Site, work: Work | None = None) -> int:
         """FLOPs of a site, dense or not."""
@@ -276,7 +276,8 @@ class _Count:
 
     def explanation(self, warnings: list[str], steps: bool) -> Explanation:
         driver, calls = self.driver, len(self.steps)
-        sites = tuple(self._site(site) for site in driver.layout.sites)
+        pairs = [site for site in driver.layout.pairs if site in driver.sites]
+        sites = tuple(self._site(site) for site in (*pairs, *driver.layout.sites))
         flops = {kind: (calls * n, self.reduced[kind]) for kind, n in self.dense.items()}
         flops["total"] = (calls * sum(self.dense.values()), sum(self.reduced.values()))
         height, width, batch, _, _ = self.size
@@ -328,7 +329,11 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
     """What somebody should know before paying for a run."""
     driver, name, found = count.driver, count.driver.method.name, []
     if not count.works:
+        if num_inference_steps and not rule.is_dense and driver.method.keeps:
+            return [driver.method.rests(len(count.steps)) or f"nothing is reduced: {name} computes all steps in full"]
         return [f"nothing is reduced: the ratio is 0 at {'every step' if num_inference_steps else 'every noise level'}"]
+    if driver.method.unforeseen:
+        found.append(driver.method.unforeseen)
     if not rule.is_constant and num_inference_steps is None:
         found.append(
             "the policy changes with the noise level: this is one call at its largest ratio; for the whole run give "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from torch import nn
@@ -29,6 +31,7 @@ def patch(
     policy: Any = None,
     seed: int = 0,
     record: str | None = None,
+    cache_budget: int | str | None = None,
     **options: Any,
 ) -> _T:
     """Put a token-reduction method on a pipeline or a denoiser. Undone, exactly, by `unpatch`.
@@ -43,6 +46,8 @@ def patch(
         seed: of the method's own random draws; no generator of torch is read or changed.
         record: "time" to measure each denoiser call (waits for the device), "tokens" to keep a map of what became of
             each token. Both go into `report`.
+        cache_budget: the most that may be kept from step to step, in bytes or as "2GB"; a run that would need more
+            is refused at its first step, with what it needs. Default: no limit.
 
     Raises:
         ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy.
@@ -52,12 +57,13 @@ def patch(
     config = resolve(config, method, options)
     rule = rule_of(config, policy)
     check_settings(seed, record)
-    drivers = [plan(denoiser, make_method(config), rule, seed, record) for denoiser in denoisers(target)]
+    budget = bytes_of(cache_budget)
+    drivers = [plan(denoiser, make_method(config), rule, seed, record, budget) for denoiser in denoisers(target)]
     for driver in drivers:
         if isinstance(before := driver.denoiser.__dict__.get("_tokred"), Driver):
             warn_of(before.remove())
             # Planned over the old patch: plan again on what is there now.
-            driver = plan(driver.denoiser, driver.method, rule, seed, record)
+            driver = plan(driver.denoiser, driver.method, rule, seed, record, budget)
         if target is not driver.denoiser:
             driver.tracker.watch(target)
         driver.install()
@@ -101,12 +107,21 @@ def methods() -> list[MethodInfo]:
         MethodInfo(
             name,
             config_of(name),
-            kind.kinds,
+            kinds_of(name),
             kind.paper,
-            tuple(b for b in BACKBONES if not why_not(kind(config_of(name)()), BACKBONES[b])),
+            tuple(b for b in BACKBONES if not why_not(make_method(config_of(name)()), BACKBONES[b])),
         )
         for name, kind in METHODS.items()
     ]
+
+
+def kinds_of(method: str) -> tuple[str, ...]:
+    """Kinds of site that a method uses on some model, in any of its forms."""
+    config = config_of(method)
+    values = [{field.name: value} for field in fields(config) for value in field.metadata.get("choices", ())]
+    forms = [make_method(config(**value)) for value in ({}, *values)]
+    families = [{site.kind for site in backbone.sites} for backbone in BACKBONES.values()]
+    return tuple(dict.fromkeys(kind for form in forms for family in families for kind in form.on(family).kinds))
 
 
 def config_of(method: str) -> type[MethodConfig]:
@@ -116,8 +131,12 @@ def config_of(method: str) -> type[MethodConfig]:
 
 def why_not(method: Method, backbone: Backbone, kind: str | None = None) -> str | None:
     """Why a method, with its options, cannot work on a family, at sites of a kind if one is named; None if it can."""
+    method = method.on({site.kind for site in backbone.sites})
     if kind is None:
-        reasons = [why_not(method, backbone, kind) for kind in method.kinds]
+        there = [kind for kind in method.kinds if any(site.kind == kind for site in backbone.sites)]
+        reasons = [why_not(method, backbone, kind) for kind in there or method.kinds]
+        if method.whole:
+            return next(filter(None, reasons), None)
         return None if None in reasons else reasons[0]
     if kind not in method.kinds:
         return f"{method.name} does not act on {kind}"
@@ -168,7 +187,7 @@ def resolve(config: MethodConfig | None, method: str | None, options: dict[str, 
 def rule_of(config: MethodConfig, policy: Any) -> Policy:
     """The policy to run by, its points checked against what the method can do."""
     method = make_method(config)
-    rule = Policy.constant(config.share) if policy is None else as_policy(policy)
+    rule = Policy.constant(config.share, config.asks) if policy is None else as_policy(policy)
     asked = [(mode, ratio) for _, ratio, mode in rule.points]
     if rule.function is not None:
         asked += dict.fromkeys(rule.at(i / 100) for i in range(101))
@@ -185,10 +204,28 @@ def check_settings(seed: Any, record: Any) -> None:
         raise ConfigError(f"seed must be an integer, got {seed!r}")
 
 
-def plan(denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None) -> Driver:
+def bytes_of(text: int | str | None) -> int | None:
+    """A budget: a number of bytes, or "500MB", "1.5 GB", "2GiB" (units of 1000 and of 1024).
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if text is None or (isinstance(text, int) and not isinstance(text, bool) and text >= 0):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", str(text), re.IGNORECASE)
+    if isinstance(text, bool) or not found:
+        raise ConfigError(f'cache_budget is a number of bytes, or a size such as "2GB" or "500MiB", got {text!r}')
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+
+
+def plan(
+    denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None, budget: int | None = None
+) -> Driver:
     """Everything checked, nothing changed."""
     backbone = backbone_of(denoiser)
     layout = backbone.layout(denoiser)
+    method = method.on({site.kind for site in (*layout.pairs, *layout.sites)})
     sites = choose(layout, method)
     if any(hasattr(getattr(module, "processor", None), "tokred_config") for module in denoiser.modules()):
         raise UnsupportedError(
@@ -196,7 +233,7 @@ def plan(denoiser: nn.Module, method: Method, policy: Policy, seed: int, record:
             "`with tokred.steps(pipe)`, or set back the processors that were there before"
         )
     verify(denoiser, layout, sites, method)
-    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record)
+    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record, budget)
 
 
 def verify(denoiser: nn.Module, layout: Layout, sites: list[Site], method: Method) -> None:
@@ -225,7 +262,8 @@ def choose(layout: Layout, method: Method) -> list[Site]:
 
     Where it could use a site and one inside of it (a parallel block, and its attention), it uses the outer one.
     """
-    able = [site for site in layout.sites if method.wants(site) and method.needs(site.kind) <= site.offers]
+    every = [*layout.pairs, *layout.sites]
+    able = [site for site in every if method.wants(site) and method.needs(site.kind) <= site.offers]
     inside = {id(inner) for site in able for inner in site.inner}
     return [site for site in able if id(site) not in inside]
 
@@ -256,6 +294,12 @@ def _nothing(layout: Layout, method: Method, denoiser: nn.Module) -> str:
         if method.wants(site) and (missing := method.needs(site.kind) - site.offers):
             where = f"{site.name} of this {type(denoiser).__name__}"
             return f"{method.name} needs at {where} what cannot be done there: {_missing(site, missing)}"
+    kinds = dict.fromkeys(site.kind for site in (*layout.pairs, *layout.sites))
+    if kinds and kinds.keys().isdisjoint(method.kinds):
+        return (
+            f"{method.name} acts on {', '.join(method.kinds)}, and this {type(denoiser).__name__} has none of that: "
+            f"it has {', '.join(kinds)}"
+        )
     there: dict[int, set[str]] = {}
     for site in layout.sites:
         there.setdefault(site.level.index, set()).add(site.kind)

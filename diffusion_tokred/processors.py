@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .errors import ConfigError, StateError, UnsupportedError
-from .methods import MethodConfig, ToDoConfig, ToMeConfig
+from .methods import CATConfig, MethodConfig, ToCaConfig, ToDoConfig, ToMeConfig
 from .patching import denoisers
 from .runtime.site import Call, Out, Site
 
@@ -128,6 +128,22 @@ class ToDoAttnProcessor(AttnReducer):
     config_type = ToDoConfig
 
 
+class TokenCacheAttnProcessor(AttnReducer):
+    """ToCa in attention, as published: between full steps self-attention is reused whole, and cross-attention runs on
+    chosen tokens. Runs inside of `with tokred.steps(pipe)`."""
+
+    config_type = ToCaConfig
+    fixed = {"mode": "faithful"}
+
+
+class ClusterPruneAttnProcessor(AttnReducer):
+    """CAT Pruning in attention, as published: between full steps it runs on chosen tokens, against kept keys and values
+    of all. Runs inside of `with tokred.steps(pipe)`."""
+
+    config_type = CATConfig
+    fixed = {"mode": "faithful"}
+
+
 class Place:
     """An attention module inside of `steps`: what the processor of ours does there.
 
@@ -167,7 +183,7 @@ class Place:
 
     def run(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self.site
-        if site is None or self.apply is None or site.plan.mode == "full" or not site.level.running:
+        if site is None or self.apply is None or site.plan.idle or not site.level.running:
             return self.processor(attn, *args, **kwargs)
         named = dict(zip(self.names[1:], args[1:], strict=False))  # sites look for arguments by name
         call = Call(site, partial(self.processor, attn), args[:1], {**named, **kwargs})

@@ -108,7 +108,7 @@ def _plan(denoiser: nn.Module, modules: dict[str, Any], policy: Any, seed: int, 
             f"a denoiser has one method at a time: {config}; {others[0]}. Where only the ratio differs, a policy can "
             "depend on level and block"
         )
-    method, rule = make_method(config), rule_of(config, policy)
+    method, rule = make_method(config).on(_KINDS), rule_of(config, policy)
     known = places(denoiser, modules)
     by_module = {id(modules[name]): place for name, place in known.items()}
     backbone = backbone_of(denoiser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 import diffusion_tokred as tokred
 from diffusion_tokred.coverage import Cell, coverage
 from diffusion_tokred.evaluation.tables import site_rows
+from diffusion_tokred.methods.caching import CacheConfig
 from diffusion_tokred.testing import families, tiny
 
 BUILDERS = {"unet": tiny.sd, **{name: tiny.BUILDERS[name] for name in ("dit", "flux", "pixart", "sd3")}}
 BUILDERS |= {name: families.BUILDERS[name] for name in families.BUILDERS if name != "flux2_klein"}
 TOME = {"attention": "merge_attn", "cross_attention": "merge_cross_attn", "feed_forward": "merge_ff"}
 CELLS = coverage()
+CACHING = [m.name for m in tokred.methods() if issubclass(m.config, CacheConfig)]
 
 
 def only(cell: Cell) -> dict[str, Any]:
@@ -39,7 +42,11 @@ def test_no_cell_is_missing() -> None:
     assert {cell.backbone for cell in CELLS} == set(BUILDERS)
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: f"{cell.method}-{cell.kind}-{cell.backbone}")
+@pytest.mark.parametrize(
+    "cell",
+    [cell for cell in CELLS if cell.method not in CACHING],
+    ids=lambda cell: f"{cell.method}-{cell.kind}-{cell.backbone}",
+)
 def test_cell(cell: Cell) -> None:
     pipe = BUILDERS[cell.backbone]()
     if cell.works:
@@ -71,6 +78,31 @@ def test_cell(cell: Cell) -> None:
     line = next(row for row in site_rows() if row[:2] == (cell.method, cell.kind.replace("_", "-")))
     assert (cell.backbone in line[2].split(", ")) == cell.works
     assert cell.absent or cell.works or str(cell.reason) in line[3]
+
+
+@functools.cache
+def plain(name: str) -> torch.Tensor:
+    return tiny.run(BUILDERS[name](), steps=3)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("method", CACHING)
+def test_caching_method(method: str, name: str) -> None:
+    """Caching methods act at all kinds of site of a form, or not at all: one run a form."""
+    cells = [cell for cell in CELLS if (cell.method, cell.backbone) == (method, name) and not cell.absent]
+    quick: dict[str, Any] = dict(warmup=2, interval=2, min_steps=0)
+    quick |= {"toca": dict(schedule="default"), "firstblock": dict(threshold=10.0)}.get(method, {})
+    for form in dict.fromkeys(cell.only for cell in cells if cell.works):
+        pipe, (option, _, value) = BUILDERS[name](), form.partition("=")
+        tokred.patch(pipe, method=method, **quick, **({option: value.strip("'")} if form else {}))
+        used = {site.kind for site in tiny.denoiser(pipe)._tokred.sites}  # type: ignore[union-attr]
+        assert used == {cell.kind for cell in cells if cell.works and cell.only == form}
+        changed = tiny.run(pipe, steps=3)
+        assert torch.isfinite(changed).all() and not torch.equal(changed, plain(name))
+    if not any(cell.works for cell in cells):
+        with pytest.raises(tokred.UnsupportedError) as caught:
+            tokred.patch(BUILDERS[name](), method=method)
+        assert not cells or any(str(cell.reason) in str(caught.value) for cell in cells)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,9 +161,15 @@ class JointAttention(TappedSite):
         text = call.kwargs.get("encoder_hidden_states")
         out = self.attend(call, x, at, kv, watch, 0 if text is None else text.shape[1])
         image, *rest = out if isinstance(out, tuple) else (out,)
+        if call.plan.keep and getattr(self.module, "to_add_out", None) is None:
+            rest = [rows.clone() for rows in rest]  # views, which would keep the image's rows too
         result = self.cut(call, image, x.shape[1], tuple(rest[:1]))
         result.beside = [self.cut(call, other, x.shape[1]) for other in rest[1:]]
         return result
+
+    @property
+    def gives_text(self) -> bool:
+        return getattr(self.module, "add_k_proj", None) is not None
 
     def weights(self) -> Weights:
         a = self.module
@@ -199,7 +206,7 @@ class ParallelSite(Site):
     """
 
     kind = "parallel"
-    offers = frozenset({"at"})
+    offers = frozenset({"at", "cache"})
 
     def __init__(self, name: str, module: nn.Module, block: Block, level: Level, attention: TappedSite) -> None:
         super().__init__(name, module, block, level)
@@ -211,7 +218,13 @@ class ParallelSite(Site):
         text = call.kwargs.get("encoder_hidden_states")
         before = self.start if text is None else text.shape[1]
         changes = {} if at is None else attention.place(call, at, before, 0 if text is None else before)
-        out = call.module(self.fill(call, x), **changes)
+        rows, tap = self.fill(call, x), attention.tap
+        tap.kv, tap.start, tap.tokens = kv, before, x.shape[1]
+        tap.length = rows.shape[1] + (0 if text is None else before)
+        try:
+            out = call.module(rows, **changes)
+        finally:
+            tap.clear()
         rest, rows = ((), out) if isinstance(out, Tensor) else (out[:-1], out[-1])
         result = self.cut(call, rows, x.shape[1], rest)
         return result.map(lambda y: y - x)
@@ -222,6 +235,25 @@ class ParallelSite(Site):
             y = y.clip(-65504, 65504)  # as such blocks do
         rows = Out(y, (), out.head, out.tail).rows()
         return (*out.rest, rows) if out.rest else rows
+
+    def kept(self, call: Call, out: Out) -> Out:
+        """What the block adds to the text, too."""
+        return self._text(call, out, torch.sub)
+
+    def given(self, call: Call, kept: Out) -> Out:
+        return self._text(call, kept, torch.add)
+
+    def _text(self, call: Call, out: Out, change: Callable[[Tensor, Tensor], Tensor]) -> Out:
+        """`change` of the rows that are none of the image's, and what they were before the block."""
+        start, n = self.start, call.x.shape[1]
+        rest = tuple(change(part, call.kwargs["encoder_hidden_states"]) for part in out.rest)
+        head = None if out.head is None else change(out.head, call.rows[:, :start])
+        tail = None if out.tail is None else change(out.tail, call.rows[:, start + n :])
+        return Out(out.x, rest, head, tail)
+
+    @property
+    def gives_text(self) -> bool:
+        return True
 
     def enter(self, needs: frozenset[str]) -> None:
         self.inner[0].enter(needs)
@@ -277,7 +309,14 @@ class CrossAttention(Site):
     """Image tokens ask, the prompt answers."""
 
     kind = "cross_attention"
-    offers = frozenset({"at"})
+    offers = frozenset({"at", "queries"})
+
+    def queries(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries (B, H, N, D) and the prompt's keys (B, H, T, D), projected once more, and the mask that they have."""
+        a = self.module
+        text = call.args[1] if len(call.args) > 1 else call.kwargs["encoder_hidden_states"]
+        q, k = _heads(a.to_q(call.x), a.norm_q, a.heads), _heads(a.to_k(text), a.norm_k, a.heads)
+        return q, k, call.kwargs.get("attention_mask")
 
     def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
         if call.kwargs.get("ip_adapter_masks") is not None:
@@ -308,6 +347,15 @@ def take(rows: Tensor, at: Tensor, dim: int = 0) -> Tensor:
     if at.ndim == 1:
         return rows.index_select(dim, at)
     return rows[at] if dim == 0 else rows.gather(1, at[:, :, None].expand(-1, -1, rows.shape[2]))
+
+
+def _heads(rows: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
+    """(B, S, H * D) -> (B, H, S, D), normed over all heads or in each, as the norm's weights are."""
+    weight = getattr(norm, "weight", None)
+    if norm is not None and weight is not None and weight.shape[-1] == rows.shape[-1]:
+        rows, norm = norm(rows), None
+    rows = rows.unflatten(2, (heads, -1)).transpose(1, 2)
+    return rows if norm is None else norm(rows)
 
 
 def _fused(attention: Any) -> bool:

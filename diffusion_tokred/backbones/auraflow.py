@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.site import Block, Level, Site
+from ..runtime.stack import StackSite
 from .attention import FeedForwardSite, JointAttention, StreamAttention
 from .base import Backbone, Layout, default_of, register_backbone
 
@@ -33,11 +34,19 @@ class AuraFlowStreamFeedForward(AuraFlowFeedForward):
     joint = True
 
 
+class AuraFlowStack(StackSite):
+    """The joint blocks, then those on one sequence."""
+
+    separate = True
+
+
 @register_backbone
 class AuraFlow(Backbone):
     name = "auraflow"
     models = ("AuraFlowTransformer2DModel",)
-    sites = (AuraFlowJointAttention, AuraFlowFeedForward, StreamAttention, AuraFlowStreamFeedForward)
+    sites = (
+        AuraFlowStack, AuraFlowJointAttention, AuraFlowFeedForward, StreamAttention, AuraFlowStreamFeedForward,
+    )  # fmt: skip
 
     def layout(self, denoiser: Any) -> Layout:
         level, sites, width = Level(0), list[Site](), denoiser.inner_dim
@@ -50,7 +59,9 @@ class AuraFlow(Backbone):
             block = Block(first + index, f"single_transformer_blocks.{index}", module, width, level, joint=True)
             sites.append(StreamAttention(f"{block.name}.attn", module.attn, block, level))
             sites.append(AuraFlowStreamFeedForward(f"{block.name}.ff", module.ff, block, level))
-        return Layout(sites, [level], [])
+        blocks = [(module, False) for module in denoiser.joint_transformer_blocks]
+        blocks += [(module, True) for module in denoiser.single_transformer_blocks]
+        return Layout(sites, [level], [], [AuraFlowStack("joint_transformer_blocks", blocks, level, sites)])
 
     def observe(self, layout: Layout, denoiser: Any, inputs: Mapping[str, Any]) -> None:
         super().observe(layout, denoiser, inputs)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsupportedError
@@ -19,13 +21,16 @@ class Layout:
 
     Attributes:
         sites: all sites, in the order of execution.
+        pairs: those that are pairs of calls around others: `stack`, `deep`.
         levels: one `Level` for each resolution with attention, largest first.
         images: (module, level) pairs: modules whose input image (B, C, h, w) has the level's token grid.
         notes: what the backbone remembers from call to call.
     """
 
-    def __init__(self, sites: list[Site], levels: list[Level], images: list[tuple[nn.Module, Level]]) -> None:
-        self.sites, self.levels, self.images = sites, levels, images
+    def __init__(
+        self, sites: list[Site], levels: list[Level], images: list[tuple[nn.Module, Level]], pairs: Sequence[Site] = ()
+    ) -> None:
+        self.sites, self.levels, self.images, self.pairs = sites, levels, images, list(pairs)
         self.notes: dict[str, Any] = {}
 
 
@@ -77,6 +82,24 @@ class Backbone:
         `layout.images`.) Default: the grids of `size`."""
         for level, grid in zip(layout.levels, self.grids(denoiser, *self.size(layout, inputs)), strict=True):
             level.grid = grid
+
+    def tokens(self, layout: Layout, inputs: Mapping[str, Any], output: Any) -> Tensor:
+        """The denoiser's output as tokens of the largest level, (B, N, F): what it predicts at each."""
+        out = output[0] if isinstance(output, (tuple, list)) else output.sample
+        out = out if isinstance(out, Tensor) else torch.stack(out)
+        h, w = layout.levels[0].grid or (0, 0)
+        if out.ndim == 3:
+            return out[:, : h * w]
+        batch = len(out)
+        if out.ndim == 4:  # without a learnt variance
+            out = out.narrow(1, 0, min(out.shape[1], self.latent(inputs).shape[1]))
+        if out.ndim == 5:  # frames one below another
+            out = out.transpose(1, 2).flatten(0, 1)
+        size = (h * batch // len(out), w)
+        patch = out.shape[-1] // w
+        whole = out.shape[-2:] == (size[0] * patch, size[1] * patch)
+        out = F.pixel_unshuffle(out, patch) if whole else F.adaptive_avg_pool2d(out, size)
+        return out.flatten(2).transpose(1, 2).reshape(batch, h * w, -1)
 
     def prompt(self, denoiser: Any, pipe: Any) -> int:
         """Text tokens that a pipeline pads its prompts to; `pipe` may be a bare denoiser. Default: its own default."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.site import Block, Level, Site
+from ..runtime.stack import StackSite
 from .attention import FeedForwardSite, JointAttention, ParallelSite, StreamAttention
 from .base import Backbone, Layout, even_sigmas, register_backbone
 
@@ -49,11 +50,17 @@ class FluxParallel(ParallelSite):
         return self.mlp(self.module.proj_mlp, self.module.proj_out)
 
 
+class FluxStack(StackSite):
+    """The double blocks, then the single ones: both are handed text and image separately."""
+
+    separate = True
+
+
 @register_backbone
 class Flux(Backbone):
     name = "flux"
     models = ("FluxTransformer2DModel",)
-    sites = (FluxJointAttention, FluxStreamAttention, FluxFeedForward, FluxParallel)
+    sites: tuple[type[Site], ...] = (FluxStack, FluxJointAttention, FluxStreamAttention, FluxFeedForward, FluxParallel)
 
     def layout(self, denoiser: Any) -> Layout:
         level, sites, width = Level(0), list[Site](), denoiser.inner_dim
@@ -66,7 +73,10 @@ class Flux(Backbone):
             block = Block(first + index, f"single_transformer_blocks.{index}", module, width, level)
             attention = FluxStreamAttention(f"{block.name}.attn", module.attn, block, level)
             sites += [FluxParallel(block.name, module, block, level, attention), attention]
-        return Layout(sites, [level], [])
+        what = "a ControlNet's residuals"
+        refused = {"controlnet_block_samples": what, "controlnet_single_block_samples": what}
+        blocks = [(module, False) for module in (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks)]
+        return Layout(sites, [level], [], [FluxStack("transformer_blocks", blocks, level, sites, refused)])
 
     def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:
         return [(height // 2, width // 2)]  # pipelines pack 2 x 2 latents into a token

@@ -16,7 +16,7 @@ from ..errors import UnsupportedError
 from ..runtime.site import Block, Level, Site
 from ..runtime.work import Weights, macs
 from .base import Layout, register_backbone
-from .flux import Flux, FluxFeedForward, FluxJointAttention, FluxParallel, FluxStreamAttention
+from .flux import Flux, FluxFeedForward, FluxJointAttention, FluxParallel, FluxStack, FluxStreamAttention
 
 _KV_CACHE = (
     "FLUX.2 klein's own cache of reference keys and values puts the references first and attends in two parts: "
@@ -74,11 +74,15 @@ class Flux2Parallel(FluxParallel):
         return Weights(query=cost, text=cost)
 
 
+class Flux2Stack(FluxStack):
+    """The double blocks, then the single ones, which are handed one sequence."""
+
+
 @register_backbone
 class Flux2(Flux):
     name = "flux2"
     models = ("Flux2Transformer2DModel",)
-    sites = (Flux2JointAttention, Flux2StreamAttention, Flux2FeedForward, Flux2Parallel)
+    sites = (Flux2Stack, Flux2JointAttention, Flux2StreamAttention, Flux2FeedForward, Flux2Parallel)
 
     def layout(self, denoiser: Any) -> Layout:
         level, sites, width = Level(0), list[Site](), denoiser.inner_dim
@@ -91,7 +95,9 @@ class Flux2(Flux):
             block = Block(first + index, f"single_transformer_blocks.{index}", module, width, level, joint=True)
             attention = Flux2StreamAttention(f"{block.name}.attn", module.attn, block, level)
             sites += [Flux2Parallel(block.name, module, block, level, attention), attention]
-        return Layout(sites, [level], [])
+        blocks = [(module, False) for module in denoiser.transformer_blocks]
+        blocks += [(module, True) for module in denoiser.single_transformer_blocks]
+        return Layout(sites, [level], [], [Flux2Stack("transformer_blocks", blocks, level, sites)])
 
     def size(self, layout: Layout, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """From the positions, read once a run. With pictures to edit, pipelines put them together anew at each step:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..runtime.site import Block, Level, Site
+from ..runtime.stack import StackSite
 from .attention import CrossAttention, FeedForwardSite, SelfAttention, basic_sites
 from .base import Backbone, Layout, register_backbone
 
@@ -16,13 +17,14 @@ from .base import Backbone, Layout, register_backbone
 class PixArt(Backbone):
     name = "pixart"
     models = ("PixArtTransformer2DModel",)
-    sites = (SelfAttention, CrossAttention, FeedForwardSite)
+    sites = (StackSite, SelfAttention, CrossAttention, FeedForwardSite)
 
     def layout(self, denoiser: Any) -> Layout:
         level, sites = Level(0), list[Site]()
         for index, module in enumerate(denoiser.transformer_blocks):
             sites += basic_sites(Block(index, f"transformer_blocks.{index}", module, denoiser.inner_dim), level)
-        return Layout(sites, [level], [])
+        blocks = [(module, False) for module in denoiser.transformer_blocks]
+        return Layout(sites, [level], [], [StackSite("transformer_blocks", blocks, level, sites)])
 
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         ((h, w),) = self.grids(denoiser, height, width)

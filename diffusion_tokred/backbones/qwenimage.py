@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedError
 from ..runtime.site import Block, Level, Site
-from .attention import FeedForwardSite, JointAttention
+from ..runtime.stack import StackSite
+from .attention import FeedForwardSite, JointAttention, take
 from .base import Backbone, Layout, even_sigmas, register_backbone
 
 
@@ -40,11 +41,23 @@ class QwenFeedForward(FeedForwardSite):
     extras = True
 
 
+class QwenStack(StackSite):
+    separate = True
+
+    def follow(self, kwargs: dict[str, Any], x: Tensor, rows: Tensor, at: Tensor) -> dict[str, Any]:
+        """Reference pictures are modulated as clean: each row says whether it is one."""
+        found = super().follow(kwargs, x, rows, at)
+        if (clean := kwargs.get("modulate_index")) is not None:
+            n = x.shape[1]
+            found["modulate_index"] = take(clean, self.attentions[0].rows(at, 0, rows.shape[1] - n, n), 1)
+        return found
+
+
 @register_backbone
 class QwenImage(Backbone):
     name = "qwenimage"
     models = ("QwenImageTransformer2DModel",)
-    sites = (QwenJointAttention, QwenFeedForward)
+    sites = (QwenStack, QwenJointAttention, QwenFeedForward)
 
     def layout(self, denoiser: Any) -> Layout:
         level, sites = Level(0), list[Site]()
@@ -52,7 +65,9 @@ class QwenImage(Backbone):
             block = Block(index, f"transformer_blocks.{index}", module, denoiser.inner_dim, level)
             sites.append(QwenJointAttention(f"{block.name}.attn", module.attn, block, level))
             sites.append(QwenFeedForward(f"{block.name}.img_mlp", module.img_mlp, block, level))
-        layout = Layout(sites, [level], [])
+        blocks = [(module, False) for module in denoiser.transformer_blocks]
+        refused = {"controlnet_block_samples": "a ControlNet's residuals"}
+        layout = Layout(sites, [level], [], [QwenStack("transformer_blocks", blocks, level, sites, refused)])
         layout.notes["layered"] = bool(denoiser.config.get("use_layer3d_rope"))
         return layout
 

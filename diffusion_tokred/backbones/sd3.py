@@ -8,15 +8,20 @@ from typing import Any
 from torch import nn
 
 from ..runtime.site import Block, Level, Site
+from ..runtime.stack import StackSite
 from .attention import FeedForwardSite, JointAttention
 from .base import Backbone, Layout, default_of, register_backbone
+
+
+class SD3Stack(StackSite):
+    separate = True
 
 
 @register_backbone
 class SD3(Backbone):
     name = "sd3"
     models = ("SD3Transformer2DModel",)
-    sites = (JointAttention, FeedForwardSite)
+    sites = (SD3Stack, JointAttention, FeedForwardSite)
 
     def layout(self, denoiser: Any) -> Layout:
         level = Level(0)
@@ -27,7 +32,9 @@ class SD3(Backbone):
             if module.attn2 is not None:
                 sites.append(JointAttention(f"{block.name}.attn2", module.attn2, block, level))
             sites.append(FeedForwardSite(f"{block.name}.ff", module.ff, block, level))
-        return Layout(sites, [level], [])
+        refused = {"block_controlnet_hidden_states": "a ControlNet's residuals"}
+        blocks = [(module, False) for module in denoiser.transformer_blocks]
+        return Layout(sites, [level], [], [SD3Stack("transformer_blocks", blocks, level, sites, refused)])
 
     def prompt(self, denoiser: Any, pipe: Any) -> int:
         return 77 + (default_of(pipe, "max_sequence_length") or 256)  # CLIP's tokens and T5's

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..runtime.deep import Cut, DeepSite
 from ..runtime.site import Block, Level, Site
 from .attention import CrossAttention, FeedForwardSite, SelfAttention, basic_sites
 from .base import Backbone, Layout, register_backbone
@@ -16,7 +18,7 @@ from .base import Backbone, Layout, register_backbone
 class UNet(Backbone):
     name = "unet"
     models = ("UNet2DConditionModel",)
-    sites = (SelfAttention, CrossAttention, FeedForwardSite)
+    sites = (DeepSite, SelfAttention, CrossAttention, FeedForwardSite)
     sample = "sample"
 
     def layout(self, denoiser: Any) -> Layout:
@@ -35,7 +37,10 @@ class UNet(Backbone):
                     sites += basic_sites(Block(index, names[module], module, module.dim), level)
                     index += 1
         used = {site.level.index for site in sites}
-        return Layout(sites, [level for level in levels if level.index in used], images)
+        pairs = []
+        if sites and (cuts := _cuts(denoiser, top)):
+            pairs.append(DeepSite(names[cuts[-1].modules[0]], cuts, levels[0], sites))
+        return Layout(sites, [level for level in levels if level.index in used], images, pairs)
 
     def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:
         sizes = _sizes(denoiser, height, width)
@@ -86,6 +91,55 @@ def _stages(unet: Any) -> Iterator[tuple[int, Any]]:
     for block in unet.up_blocks:
         yield depth, block
         depth -= len(getattr(block, "upsamplers", None) or ())
+
+
+class _Layer(NamedTuple):
+    """What lies between two skips of a UNet, or what uses one of them: resnet and attention, a sampler."""
+
+    stage: Any
+    modules: list[nn.Module]
+    depth: int  # of what it returns
+
+
+def _cuts(unet: Any, top: int) -> list[Cut]:
+    """The ways to divide a UNet; `top` is the depth of level 0.
+
+    Skip 0 comes from `conv_in`, skip i from the i-th layer of the way down, downsamplers counted; each is used by one
+    layer of the way up. Branch b leaves out all layers between skip b and its user.
+    """
+    down, up = list[_Layer](), list[_Layer]()
+    middle = unet.mid_block
+    for depth, stage in _stages(unet):
+        if stage is middle:
+            continue
+        if type(stage).__name__.startswith(("K", "Skip", "AttnSkip")):
+            return []  # skips of another kind
+        layers = down if any(stage is block for block in unet.down_blocks) else up
+        attentions = getattr(stage, "attentions", None) or [None] * len(stage.resnets)
+        for resnet, attention in zip(stage.resnets, attentions, strict=True):
+            layers.append(_Layer(stage, [resnet, attention] if attention is not None else [resnet], depth))
+        if samplers := getattr(stage, "downsamplers", None):
+            down.append(_Layer(stage, [*samplers], depth + 1))
+        if samplers := getattr(stage, "upsamplers", None):  # after a block's last layer, without a skip
+            up[-1] = _Layer(stage, [*up[-1].modules, *samplers], depth - 1)
+    cuts = []
+    for branch in range(len(down) + (middle is not None)):
+        above = up[: len(down) - branch]
+        modules = _joined(down[branch:], down) + ([middle] if middle is not None else []) + _joined(above, up)
+        last = above[-1].stage if above else middle
+        depth = above[-1].depth if above else down[-1].depth
+        cuts.append(Cut(tuple(modules), last.resnets[-1].out_channels, 2.0 ** (top - depth)))
+    return cuts
+
+
+def _joined(inside: Sequence[_Layer], every: Sequence[_Layer]) -> list[nn.Module]:
+    """Modules of layers; of a block that is inside with all of its layers, the block."""
+    found: list[nn.Module] = []
+    for _, group in groupby(inside, key=lambda layer: id(layer.stage)):
+        layers = list(group)
+        whole = len(layers) == sum(layer.stage is layers[0].stage for layer in every)
+        found += [layers[0].stage] if whole else [module for layer in layers for module in layer.modules]
+    return found
 
 
 def _sizes(unet: Any, height: int, width: int) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
+from ..runtime.stack import StackSite
 from ..runtime.work import Weights, macs
 from .attention import CrossAttention, FeedForwardSite, TappedSite, take
 from .base import Backbone, Layout, default_of, register_backbone
@@ -47,11 +48,22 @@ class WanFeedForward(FeedForwardSite):
     """`ffn`."""
 
 
+class WanStack(StackSite):
+    """All blocks; text stands aside."""
+
+    def follow(self, kwargs: dict[str, Any], x: Tensor, rows: Tensor, at: Tensor) -> dict[str, Any]:
+        """Wan 2.2 TI2V modulates each token by a time of its own: (B, N, 6, C)."""
+        found, temb = super().follow(kwargs, x, rows, at), kwargs["temb"]
+        if temb.ndim == 4:
+            found["temb"] = take(temb.flatten(2), at, 1).unflatten(2, temb.shape[2:])
+        return found
+
+
 @register_backbone
 class Wan(Backbone):
     name = "wan"
     models = ("WanTransformer3DModel",)
-    sites = (WanSelfAttention, WanCrossAttention, WanFeedForward)
+    sites = (WanStack, WanSelfAttention, WanCrossAttention, WanFeedForward)
 
     def layout(self, denoiser: Any) -> Layout:
         level, sites = Level(0), list[Site]()
@@ -61,7 +73,8 @@ class Wan(Backbone):
             sites.append(WanSelfAttention(f"{block.name}.attn1", module.attn1, block, level))
             sites.append(WanCrossAttention(f"{block.name}.attn2", module.attn2, block, level))
             sites.append(WanFeedForward(f"{block.name}.ffn", module.ffn, block, level))
-        layout = Layout(sites, [level], [])
+        blocks = [(module, False) for module in denoiser.blocks]
+        layout = Layout(sites, [level], [], [WanStack("blocks", blocks, level, sites)])
         layout.notes["patch"] = denoiser.config.patch_size
         return layout
 

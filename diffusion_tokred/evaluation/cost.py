@@ -150,6 +150,8 @@ def _interval(found: Interval) -> dict[str, Any]:
 
 def _count(pipe: Any, variant: Variant, run: Callable[[], Any]) -> dict[str, Any]:
     """FLOPs and tokens of a call. Without a method of its own it is counted under a neutral one, which is dense."""
+    if variant.peer is not None:
+        return {"flops": None, "tokens_saved": None, "why_null": {"flops": "another library's: not counted"}}
     config = variant.config or make_config("tome", ratio=0.0)
     try:
         with patched(pipe, config, policy=variant.policy):

@@ -40,16 +40,30 @@ def site_rows() -> list[tuple[str, str, str, str]]:
     return rows
 
 
+LETTERS = {
+    "attention": "a", "cross_attention": "x", "feed_forward": "f", "parallel": "p", "stack": "s", "deep": "d",
+}  # fmt: skip
+
+
 def methods_markdown() -> str:
     """The README's tables: the methods, and what works at which site of which family."""
     names = list(BACKBONES)
     lines = ["| Method | Paper |", "|---|---|", *(f"| `{m.name}` | {m.paper} |" for m in methods()), ""]
-    lines += ["| Method, at | " + " | ".join(f"`{name}`" for name in names) + " |", "|---|" + "---|" * len(names)]
+    lines += ["| Method | " + " | ".join(f"`{name}`" for name in names) + " |", "|---|" + "---|" * len(names)]
     notes: list[str] = []
-    for (method, kind), cells in _by_site().items():
-        words = " | ".join(_word(cell, notes) for cell in cells)
-        lines.append(f"| `{method}`, {_words((kind,))} | {words} |")
-    lines += ["", "A dot: the family has no such site.", ""]
+    found: dict[str, dict[str, list[Cell]]] = {}
+    for cell in coverage():
+        found.setdefault(cell.method, {}).setdefault(cell.backbone, []).append(cell)
+    for method, families in found.items():
+        words = " | ".join(_word(families[name], notes) for name in names)
+        lines.append(f"| `{method}` | {words} |")
+    lines += [
+        "",
+        "Where it acts: **a** self-attention, **x** cross-attention, **f** feed-forward, **p** blocks with attention "
+        "and MLP side by side, **s** all blocks as one, **d** the inner part of a UNet. A dot: the family has no such "
+        "site.",
+        "",
+    ]
     lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     lines += ["", "Families, and the denoisers that they know:", ""]
     lines += [f"* `{name}`: {', '.join(BACKBONES[name].models)}" for name in names]
@@ -63,14 +77,16 @@ def _by_site() -> dict[tuple[str, str], list[Cell]]:
     return found
 
 
-def _word(cell: Cell, notes: list[str]) -> str:
+def _word(cells: list[Cell], notes: list[str]) -> str:
     """A cell of the table; what is to be said about it goes to `notes`, once."""
-    if cell.absent:
+    there = [cell for cell in cells if not cell.absent]
+    if not there:
         return "·"
-    said = _notes(cell)
-    notes += [note for note in said if note not in notes]
-    marks = ",".join(str(notes.index(note) + 1) for note in said)
-    return ("yes" if cell.works else "no") + (f"<sup>{marks}</sup>" if marks else "")
+    said = [note for cell in there for note in _notes(cell)]
+    notes += [note for note in dict.fromkeys(said) if note not in notes]
+    marks = ",".join(map(str, sorted({notes.index(note) + 1 for note in said})))
+    ways = [" ".join(LETTERS[c.kind] for c in there if c.works and bool(c.only) is other) for other in (False, True)]
+    return (", or ".join(filter(None, ways)) or "no") + (f"<sup>{marks}</sup>" if marks else "")
 
 
 def _notes(cell: Cell) -> list[str]:
@@ -79,6 +95,8 @@ def _notes(cell: Cell) -> list[str]:
     for option, why in cell.limits:
         options.setdefault(why, []).append(option)
     refused = [f"not with {', '.join(names)}: {why}" for why, names in options.items()]
+    if cell.only:
+        return [f"with {cell.only}"]
     return [cell.reason, *refused] if cell.reason else refused
 
 

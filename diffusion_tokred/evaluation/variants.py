@@ -16,8 +16,11 @@ from ..errors import ConfigError
 from ..methods import CONFIGS, MethodConfig
 from ..patching import patched
 from ..schedule.policy import Policy, as_policy
+from . import peers
 from .options import config_from
 from .options import policy as policy_from
+from .peers import PEERS, PeerConfig, parse_peer, peer_from_dict
+from .results import version
 
 ANCHORS = {
     "numerics": "the unpatched pipeline with another attention backend: what rounding alone changes",
@@ -38,6 +41,7 @@ class Variant:
         policy: ratio by noise level, as in `patch`.
         call: keyword arguments of the pipeline that differ from the run's, such as `num_inference_steps`.
         anchor: None, or one of `ANCHORS`: what the figures of the others are held against.
+        peer: another library's cache with its options, instead of a method.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Variant:
     policy: Policy | None = None
     call: Mapping[str, Any] = field(default_factory=dict, hash=False)
     anchor: str | None = None
+    peer: PeerConfig | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(rf"[a-z0-9][a-z0-9._-]{{0,{LONGEST - 1}}}", self.name):
@@ -54,8 +59,10 @@ class Variant:
             )
         if self.anchor is not None and self.anchor not in ANCHORS:
             raise ConfigError(f"anchor is one of {', '.join(ANCHORS)}, got {self.anchor!r}")
-        if self.anchor and self.config:
+        if self.anchor and (self.config or self.peer):
             raise ConfigError(f"{self.name}: an anchor is a run of the unpatched pipeline, it takes no method")
+        if self.config and self.peer:
+            raise ConfigError(f"{self.name}: a method of ours or another library's cache, not both")
         if self.config is None and self.policy is not None:
             raise ConfigError(f"{self.name}: a policy without a method changes nothing")
         for name, value in self.call.items():
@@ -68,6 +75,9 @@ class Variant:
         """The pipeline in this setting; left as it was. `seed`: of the method's random draws."""
         if self.anchor == "numerics":
             with sdpa_kernel(SDPBackend.MATH):
+                yield pipe
+        elif self.peer is not None:
+            with peers.applied(pipe, self.peer, seed):
                 yield pipe
         elif self.config is None:
             yield pipe
@@ -85,15 +95,20 @@ class Variant:
         if self.config is not None:
             policy = None if self.policy is None else self.policy.to_dict()
             reduction = {"method": self.config.name, "config": self.config.to_dict(), "policy": policy}
+        elif self.peer is not None:
+            reduction = {"method": self.peer.name, "config": self.peer.to_dict(), "policy": None}
+            reduction["package"] = f"{self.peer.package} {version(self.peer.package)}"
         return {"name": self.name, "anchor": self.anchor, "reduction": reduction, "call": dict(self.call)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Variant:
         """The inverse of `to_dict`."""
         found = data["reduction"] or {}
+        is_peer = "package" in found
         return Variant(
             name=data["name"],
-            config=MethodConfig.from_dict(found["config"]) if found else None,
+            config=MethodConfig.from_dict(found["config"]) if found and not is_peer else None,
+            peer=peer_from_dict(found["config"]) if is_peer else None,
             policy=Policy.from_dict(found["policy"]) if found.get("policy") else None,
             call=data["call"],
             anchor=data["anchor"],
@@ -111,10 +126,11 @@ def check(variants: Sequence[Variant]) -> tuple[Variant, ...]:
 
 
 def parse_variant(text: str, steps: int | None = None) -> Variant:
-    """A variant as it is typed: a method with options, or an anchor.
+    """A variant as it is typed: a method with options, another library's cache, or an anchor.
 
         tome                                tome:ratio=0.6,levels=0,1,merge_ff
         todo:factor=2,policy=sdxl.json      numerics        seed        steps:12
+        diffusers-firstblock:threshold=0.1  (of another library: `peers.PEERS`)
 
     Args:
         text: as above. `policy=` takes a ratio or the path of a policy's JSON file.
@@ -133,12 +149,16 @@ def parse_variant(text: str, steps: int | None = None) -> Variant:
             if colon:
                 raise ConfigError(f"{head} takes no options")
             return Variant(head, anchor=head)
-        if head not in CONFIGS:
+        if head not in CONFIGS and head not in PEERS:
             raise ConfigError(
-                f"no method {head!r}: there is {', '.join(sorted(CONFIGS))}; and numerics, seed and steps:N, runs of"
-                " the unpatched pipeline to hold the others against"
+                f"no method {head!r}: there is {', '.join(sorted(CONFIGS))}; of other libraries"
+                f" {', '.join(sorted(PEERS))}; and numerics, seed and steps:N, runs of the unpatched pipeline to hold"
+                " the others against"
             )
         words = [word.strip() for word in re.split(r",(?=\s*[A-Za-z])", rest)] if rest else []  # levels=0,1 is one word
+        if head in PEERS:
+            peer = parse_peer(head, words)
+            return Variant(name_of(peer), peer=peer)
         policies = [word.partition("=")[2] for word in words if word.startswith("policy=")]
         if len(policies) > 1:
             raise ConfigError("more than one policy")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from ..errors import ConfigError
-from ..runtime.site import OFFERS, Call, Out, Site
+from ..runtime.site import OFFERS, Call, Level, Out, Site
+from ..runtime.stack import StackCall
+from ..runtime.store import Clock
 from ..runtime.work import Work
 
 _VERSION = 1
@@ -55,6 +57,11 @@ class MethodConfig:
     def share(self) -> float:
         """The ratio that this config asks for: share of tokens not computed."""
         raise NotImplementedError
+
+    @property
+    def asks(self) -> str:
+        """The mode that it asks for, at that ratio."""
+        return "reduce"
 
     @property
     def keep(self) -> float:
@@ -103,18 +110,32 @@ class Method:
         watches_input: True if it reads `block.input`.
         every: what it keeps in a level's memory is made anew after this many steps; 0 or 1: at every step.
         shares_passes: True if the passes of a step (conditional, unconditional) share the level's memory.
+        keeps: True if full steps are handed to it too, since it keeps what they compute for later ones.
+        watches_output: True if it is shown the denoiser's output after each step.
+        unforeseen: what a dry run cannot know of it, a sentence.
+        coordinate: what forecasts are functions of: "step" or "noise".
+        whole: True if it acts at all kinds of site that a model has of its own, or not at all.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     kinds: ClassVar[tuple[str, ...]] = ()
-    modes: ClassVar[tuple[str, ...]] = ("full", "reduce")
+    modes: tuple[str, ...] = ("full", "reduce")
     watches_input: ClassVar[bool] = False
     every: int = 1
     shares_passes: bool = False
+    keeps: ClassVar[bool] = False
+    unforeseen: ClassVar[str] = ""
+    watches_output: bool = False
+    coordinate: str = "step"
+    whole: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def on(self, kinds: Collection[str]) -> Method:
+        """The method for a model with sites of these kinds: itself, or another form of it."""
+        return self
 
     def wants(self, site: Site) -> bool:
         """Whether it would act at this site with these options."""
@@ -165,9 +186,49 @@ class Method:
         """Multiply-adds of one sample that it spends itself when it decides, such as on matching."""
         return 0
 
-    def stored(self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype) -> int:
-        """Bytes that it keeps from step to step at a site, for `batch` samples; what a level shares, at its leader."""
+    def stored(
+        self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
+    ) -> int:
+        """Bytes that it keeps from step to step at a site, for `batch` samples with `text` rows beside the image's;
+        what a level shares, at its leader."""
         return 0
+
+    def rests(self, total: int | None) -> str | None:
+        """Why it leaves a run of so many steps as it is; None if it does not."""
+        return None
+
+    def step(self, clock: Clock, index: int, total: int | None, mode: str, ratio: float) -> tuple[str, float]:
+        """What a step does, given when this pass was last computed in full. Reads the clock; the root turns it.
+
+        Args:
+            index, total: as in `StepInfo`.
+            mode, ratio: what the policy asks for at this noise level.
+        """
+        return mode, ratio
+
+    def part(self, site: Site, index: int, total: int | None, mode: str, ratio: float) -> tuple[str, float]:
+        """What a site does of it."""
+        return mode, ratio
+
+    def begin(self, family: str, sites: Sequence[Site]) -> None:
+        """Learn the name of the backbone, and the sites that it will act at."""
+
+    def observe(self, level: Level, output: torch.Tensor, index: int) -> None:
+        """See the denoiser's output (B, N, F) after a step, eagerly."""
+
+    def enter(self, call: StackCall) -> torch.Tensor | None:
+        """At the first block of a stack: which tokens to compute, (M,) or (B, M) int64; None for all, or for none if
+        the plan's mode leaves the blocks out."""
+        raise NotImplementedError
+
+    def goes_on(self, call: StackCall) -> bool:
+        """After the blocks of a stack that run in any case (`StackSite.divide`): whether the others do."""
+        raise NotImplementedError
+
+    def leave(self, call: StackCall, y: torch.Tensor | None) -> torch.Tensor:
+        """After its last block: all tokens (B, N, C), from those that were computed, `y` (B, M, C); None if the blocks
+        were left out."""
+        raise NotImplementedError
 
     def works(self, sites: Iterable[Site], grids: Mapping[int, tuple[int, int]]) -> dict[str, Work]:
         """What the sites compute, by name, as their plans say; without those that are dense.

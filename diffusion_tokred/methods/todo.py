@@ -52,7 +52,9 @@ class ToDo(Method):
         h, w = pooled_grid(*grid, _factor(ratio))
         return Work(grid[0] * grid[1], h * w)
 
-    def stored(self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype) -> int:
+    def stored(
+        self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
+    ) -> int:
         kept = self.work(site, grid, ratio).keys
         return 8 * kept if site.leader and self.config.mode in MODES[:2] else 0
 

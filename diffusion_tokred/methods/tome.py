@@ -101,7 +101,9 @@ class ToMe(Method):
         dst = len(destinations(*grid, self.config.sy, self.config.sx))
         return (grid[0] * grid[1] - dst) * dst * site.block.width
 
-    def stored(self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype) -> int:
+    def stored(
+        self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
+    ) -> int:
         if not (self.config.reuse_every and site.leader):
             return 0
         n = grid[0] * grid[1]

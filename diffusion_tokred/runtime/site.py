@@ -8,7 +8,7 @@ They are plain classes on purpose: a compiled graph may build them, and may set 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..tokens.select import scatter_rows
 from .ledger import Wrapper
+from .store import Memory, Slot
 from .work import Weights
 
 KINDS = ("attention", "cross_attention", "feed_forward", "parallel", "stack", "deep")
@@ -26,6 +28,8 @@ OFFERS = {
     "kv_select": "attention with keys and values from chosen tokens",
     "cache": "attention whose keys and values of other tokens are kept from earlier steps",
     "watch": "see the queries, keys and values as the attention does",
+    "queries": "see the queries and the prompt's keys",
+    "pack": "run all blocks on chosen tokens, with the others' keys and values kept",
 }
 
 
@@ -33,21 +37,28 @@ class Plan:
     """What a site does at this step. Written by the root, eagerly, before the denoiser runs; read by the leaves.
 
     `mode` is "full" (dense), "reduce", "reuse", "forecast" or "skip". `text` is the ratio as a string: Dynamo makes
-    floats dynamic, which would turn every token count into a symbol, but specialises on strings.
+    floats dynamic, which would turn every token count into a symbol, but specialises on strings. `keep`: a full step
+    whose result a later one will use.
     """
 
     def __init__(self) -> None:
         self.mode = "full"
         self.text = "0.0"
         self.refresh = True
+        self.keep = False
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do: the module runs as if nobody were here."""
+        return self.mode == "full" and not self.keep
 
     @property
     def ratio(self) -> float:
         """Share of tokens not computed."""
         return float(self.text)
 
-    def set(self, mode: str, ratio: float, refresh: bool = True) -> None:
-        self.mode, self.text, self.refresh = mode, repr(float(ratio)), refresh
+    def set(self, mode: str, ratio: float, refresh: bool = True, keep: bool = False) -> None:
+        self.mode, self.text, self.refresh, self.keep = mode, repr(float(ratio)), refresh, keep
 
 
 class Level:
@@ -63,11 +74,17 @@ class Level:
         scratch: what sites derive from a plan, such as rows of a rotary table; emptied before each denoiser call.
         status: (B, N) uint8, what became of each token, when the run records it.
         running: False outside of the denoiser's calls, where another model may call modules that it shares with it.
+        at: (M,) or (B, M) int64, which of the tokens are under way, while a stack runs on some of them; else None.
+        gap, pace: 0-d float32, for methods that keep something: how far it is from the last full step of this pass,
+            and from its last step, in steps or in noise level (`Method.coordinate`).
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.running = True
+        self.at: Tensor | None = None
+        self.gap: Tensor | None = None
+        self.pace: Tensor | None = None
         self.grid: tuple[int, int] | None = None
         self.start = 0
         self.halves = 1
@@ -82,21 +99,14 @@ class Level:
 
         What follows them (reference pictures, padding) is not theirs. A sequence of fewer rows is returned whole.
         """
-        n = rows.shape[1] if self.grid is None else self.grid[0] * self.grid[1]
+        n = (
+            rows.shape[1]
+            if self.grid is None
+            else self.grid[0] * self.grid[1]
+            if self.at is None
+            else self.at.shape[-1]
+        )
         return rows if rows.shape[1] <= n else rows.narrow(1, start, n)
-
-
-class Memory:
-    """A slot that a method keeps something in, from step to step of one run and one pass. `index` and `text` say at
-    which step, and at which ratio, it was made; `scratch` is what sites derive from it; `prepared` is what
-    `Method.prepare` made, by ratio."""
-
-    def __init__(self) -> None:
-        self.value: Any = None
-        self.prepared: dict[str, Any] = {}
-        self.index = 0
-        self.text = ""
-        self.scratch: dict[str, Any] = {}
 
 
 class Block:
@@ -187,6 +197,36 @@ class Out:
         out.beside = [other.map(change) for other in self.beside]
         return out
 
+    def image(self) -> Out:
+        """The image tokens alone, with what has a row for each of them."""
+        out = Out(self.x)
+        out.beside = [other.image() for other in self.beside]
+        return out
+
+    def combine(self, change: Callable[..., Tensor], *others: Out) -> Out:
+        """`change` of all that is in it, and of the same in others."""
+        every = (self, *others)
+
+        def of(name: str) -> Tensor | None:
+            parts = [getattr(out, name) for out in every]
+            return None if parts[0] is None else change(*parts)
+
+        rest = tuple(
+            change(*parts) if isinstance(parts[0], Tensor) else parts[0]
+            for parts in zip(*(out.rest for out in every), strict=True)
+        )
+        out = Out(change(*(out.x for out in every)), rest, of("head"), of("tail"))
+        besides = zip(*(out.beside for out in every), strict=True)
+        out.beside = [first.combine(change, *more) for first, *more in besides]
+        return out
+
+    def renewed(self, at: Tensor, rows: Out) -> Out:
+        """A copy, with the image tokens `at`, (M,) or (B, M), and all that is none of them, from `rows`."""
+        around = (None if part is None else part.clone() for part in (rows.head, rows.tail))  # views, of more than them
+        out = Out(scatter_rows(self.x.clone(), at, rows.x), rows.rest, *around)
+        out.beside = [old.renewed(at, new) for old, new in zip(self.beside, rows.beside, strict=True)]
+        return out
+
     def rows(self) -> Tensor:
         """The whole sequence, (B, S, C)."""
         if self.whole is not None:
@@ -208,6 +248,8 @@ class Site:
         extras: rows that are none of the picture's may follow it (reference pictures, padding).
         inner: sites inside of it (the attention of a `parallel` site): a method acts on it or on them.
         leader: True at the first of its level's sites that the method uses.
+        gives_text: what comes out has rows for the text too.
+        width: channels of what comes out.
     """
 
     kind = "attention"
@@ -225,6 +267,14 @@ class Site:
         self.holder: Any = module  # what has the `processor` that does the work, at an attention
         self.plan = Plan()
         self.leader = False
+
+    @property
+    def gives_text(self) -> bool:
+        return self.joint
+
+    @property
+    def width(self) -> int:
+        return self.block.width
 
     @property
     def start(self) -> int:
@@ -263,6 +313,14 @@ class Site:
             return out.rows()
         return (out.rows(), *out.rest, *(other.rows() for other in out.beside))
 
+    def kept(self, call: Call, out: Out) -> Out:
+        """What is to be kept of an output, for `given` to make one of it at another step. Default: itself."""
+        return out
+
+    def given(self, call: Call, kept: Out) -> Out:
+        """An output, from one that was kept."""
+        return kept
+
     def weights(self) -> Weights:
         """The cost of a row, for `measure.flops`."""
         raise NotImplementedError
@@ -270,6 +328,21 @@ class Site:
     def refusal(self, needs: frozenset[str]) -> str | None:
         """Why a method that needs this (of `OFFERS`) cannot work with what is installed here now; None if it can."""
         return None
+
+    def wrappers(self, method: Any) -> list[Wrapper]:
+        """What makes a method act here."""
+        return [Leaf(self, method.apply)]
+
+    def parts(self) -> Iterator[nn.Module]:
+        """The modules inside of it."""
+        yield from self.module.modules()
+
+    def slots(self) -> dict[str, Slot]:
+        """Empty slots for what is kept here, by name of the site."""
+        return {self.name: Slot()}
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse a call of the denoiser that reduction here cannot be combined with. Raises UnsupportedError."""
 
     def enter(self, needs: frozenset[str]) -> None:
         """Eagerly, before each call of the denoiser."""
@@ -317,6 +390,11 @@ class Call:
         """What the method's `prepare` made for this plan."""
         return self.level.memory.prepared[self.plan.text]
 
+    @property
+    def slot(self) -> Slot:
+        """What the site keeps from step to step, in this pass of the run."""
+        return self.level.memory.slots[self.site.name]
+
     def compute(
         self,
         x: Tensor | None = None,
@@ -357,7 +435,7 @@ class Leaf(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active:
             return self.retire(args, kwargs)
-        if self.site.plan.mode == "full" or not self.site.level.running:
+        if self.site.plan.idle or not self.site.level.running:
             return self.base(*args, **kwargs)
         call = Call(self.site, self.base, args, kwargs)
         return self.site.write(call, self.apply(call))

@@ -71,7 +71,9 @@ class Tap:
         return attention(q, k, v, **kwargs)
 
     def _columns(self, mask: Tensor, length: int) -> Tensor:
-        """The mask's columns for the `length` keys that are left."""
+        """The mask's columns for the `length` keys that are there."""
+        if mask.shape[-1] == length:
+            return mask
         if self.rows is not None:
             return mask.index_select(-1, self.rows)
         if not self.masks_text:

@@ -10,11 +10,16 @@ from torch import nn
 class Work:
     """Image rows a site computes of one sample: `queries` rows attend to (or, in a feed-forward, are) `keys` rows.
 
-    `extra`: multiply-adds a sample that the method itself spends at the site, such as on matching.
+    `extra`: multiply-adds a sample that the method itself spends at the site, such as on matching. `projected`: of how
+    many rows keys are computed, where the others are kept. `text`: False if the text rows are not computed either.
     """
 
-    def __init__(self, queries: int, keys: int | None = None, extra: int = 0) -> None:
+    def __init__(
+        self, queries: int, keys: int | None = None, extra: int = 0, projected: int | None = None, text: bool = True
+    ) -> None:
         self.queries, self.keys, self.extra = queries, queries if keys is None else keys, extra
+        self.projected = self.keys if projected is None else projected
+        self.text = text
 
 
 class Weights:
@@ -28,11 +33,13 @@ class Weights:
 
     def flops(self, work: Work, batch: int, text: int) -> int:
         """FLOPs (2 a multiply-add) of `batch` samples with `text` text tokens. Norms and softmax are not counted."""
+        if not work.text:
+            text = 0
         if self.text_is == "joined":
             pairs = (work.queries + text) * (work.keys + text)
         else:
             pairs = work.queries * (text if self.text_is == "keys" else work.keys)
-        rows = work.queries * self.query + work.keys * self.key + text * self.text
+        rows = work.queries * self.query + work.projected * self.key + text * self.text
         return 2 * batch * (rows + pairs * self.core)
 
 

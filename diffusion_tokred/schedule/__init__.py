@@ -1,6 +1,36 @@
-"""Floor 1: the noise coordinate `u`, policies as functions of it, and their files. Knows nothing but numbers."""
+"""Floor 1: the noise coordinate `u`, policies as functions of it, and their files; and the published schedules of
+caching, by step. Knows nothing but numbers.
+"""
 
+from .intervals import (
+    CatCounts,
+    cat_counts,
+    cat_is_full,
+    duca_kind,
+    fixed_full_steps,
+    is_full,
+    ras_active,
+    toca_full_steps,
+    toca_share,
+)
 from .noise import is_flow, log_snr, noise_levels, noise_ratio
 from .policy import MODES, Policy, as_policy
 
-__all__ = ["MODES", "Policy", "as_policy", "is_flow", "log_snr", "noise_levels", "noise_ratio"]
+__all__ = [
+    "MODES",
+    "CatCounts",
+    "Policy",
+    "as_policy",
+    "cat_counts",
+    "cat_is_full",
+    "duca_kind",
+    "fixed_full_steps",
+    "is_flow",
+    "is_full",
+    "log_snr",
+    "noise_levels",
+    "noise_ratio",
+    "ras_active",
+    "toca_full_steps",
+    "toca_share",
+]

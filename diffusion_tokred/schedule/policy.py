@@ -75,6 +75,11 @@ class Policy:
         rules = {(mode, ratio) for _, ratio, mode in self.points}
         return self.function is None and (rules <= {("full", 0.0)} or (len(rules) == 1 and self.points[0][0] == 1.0))
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether everything is computed at every noise level."""
+        return self.function is None and all(mode == "full" for _, _, mode in self.points)
+
     def at(self, u: float, level: int = 0, kind: str = "attention", block: int = 0) -> tuple[str, float]:
         """`(mode, ratio)` at noise level `u`, for a site (version 1 has the same rule for all sites).
 

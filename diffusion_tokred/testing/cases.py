@@ -65,9 +65,14 @@ class Case:
         self.pipe, self.build, self.config, self.other = pipe, build, config, other
         self._run = run
 
+    @property
+    def steps(self) -> int:
+        """Steps of a run in which the method acts: the first are full where it keeps something."""
+        return max(2, getattr(self.config, "warmup", 0) + 1, getattr(self.config, "min_steps", 0))
+
     def run(self, pipe: Any, **more: Any) -> Tensor:
         with torch.no_grad():
-            return self._run(pipe, **{"steps": 2} | more)
+            return self._run(pipe, **{"steps": self.steps} | more)
 
     def patched(self, dtype: torch.dtype | None = None, **more: Any) -> Any:
         """A fresh pipeline, patched. `more` goes to `patch`."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones import backbone_of
@@ -109,7 +110,7 @@ def _inputs(case: Case, bump: bool) -> _Seen:
                 picture[..., row, column] += 10
         return ((sample, *args[1:]), kwargs) if args else (args, {**kwargs, name: sample})
 
-    with probe("probe-grid", lambda site: True, frozenset(), act) as config:
+    with probe("probe-grid", lambda site: site.kind not in ("stack", "deep"), frozenset(), act) as config:
         patch(model_of(pipe), config)
         model_of(pipe).register_forward_pre_hook(change, with_kwargs=True)
         case.run(pipe, steps=1, **case.other)
@@ -217,5 +218,18 @@ def _cache(call: Call, dense: Out) -> float:
     return max(worst, expect_near(out.x, wanted, ALLOWED, "half of the tokens, with the others' keys from the cache"))
 
 
-_DO = {"at": _at, "kv": _kv, "kv_select": _kv_select, "watch": _watch, "cache": _cache}
+def _queries(call: Call, dense: Out) -> float:
+    """Queries and keys are those whose attention the module computes: with its values they give its output."""
+    site: Any = call.site
+    q, k, mask = site.queries(call)
+    module: Any = call.site.module
+    text = call.args[1] if len(call.args) > 1 else call.kwargs["encoder_hidden_states"]
+    values = module.to_v(text[:, text.shape[1] - k.shape[2] :]).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+    if mask is not None:
+        mask = mask.view(len(q), 1, 1, -1)
+    found = F.scaled_dot_product_attention(q, k, values, attn_mask=mask).transpose(1, 2).flatten(2)
+    return expect_near(module.to_out[0](found.to(dense.x.dtype)), dense.x, ALLOWED, "from its queries and keys")
+
+
+_DO = {"queries": _queries, "at": _at, "kv": _kv, "kv_select": _kv_select, "watch": _watch, "cache": _cache}
 SITE_CHECKS: dict[str, Callable[[Case], str | None]] = {"grid": grid, "offers": offers}

@@ -1,0 +1,130 @@
+"""The `deep` site: the inner part of a UNet, whose output can be reused whole.
+
+A UNet hands what its outer layers find to their opposites on the way up, beside what comes out of the layers between.
+So the layers between can be left out, if their output is known from an earlier step: nothing else needs them. They are
+wrapped one by one, or block by block, and the UNet's own loop runs as it is: what is left out returns stand-ins of the
+right shapes, so that what others add to it (ControlNets, T2I-Adapters) fits, and only the last one returns something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError, StateError
+from .ledger import Wrapper
+from .site import Block, Level, Site
+from .stack import PairCall
+from .store import Slot
+from .work import Weights
+
+
+class Cut(NamedTuple):
+    """One way to divide a UNet into an outer and an inner part.
+
+    Attributes:
+        modules: the inner part in the order of execution: blocks, or modules of a block that is outside in part.
+        width: channels of what the last one returns.
+        scale: sides of what it returns, in sides of the level's grid.
+    """
+
+    modules: tuple[nn.Module, ...]
+    width: int
+    scale: float
+
+
+class DeepSite(Site):
+    """The inner part of a UNet.
+
+    Args:
+        name: of a module that is always in it.
+        cuts: the ways to divide the UNet, the one with the largest inner part first; a method chooses with `divide`.
+        level: the level whose memory, clock and grid it goes by.
+        sites: all sites of the UNet; `inner` are those of the inner part.
+    """
+
+    kind = "deep"
+
+    def __init__(self, name: str, cuts: Sequence[Cut], level: Level, sites: Sequence[Site]) -> None:
+        module = cuts[-1].modules[0]
+        super().__init__(name, module, Block(0, name, module, cuts[0].width, level), level)
+        self.cuts, self._sites = list(cuts), tuple(sites)
+        self.divide(0)
+
+    def divide(self, branch: int) -> None:
+        """Choose one of the `cuts`. Before it is installed.
+
+        Raises:
+            ConfigError: there are not so many.
+        """
+        if branch >= len(self.cuts):
+            raise ConfigError(f"branch={branch} is deeper than this UNet: it has branches 0 to {len(self.cuts) - 1}")
+        self.chosen = self.cuts[branch]
+        inside = {id(part) for part in self.parts()}
+        self.inner = tuple(site for site in self._sites if id(site.module) in inside)
+
+    @property
+    def width(self) -> int:
+        return self.chosen.width
+
+    def pixels(self, grid: tuple[int, int]) -> int:
+        """Pixels of what is kept, for a token grid of the level; where its side is odd, of the even one above it."""
+        h, w = (-int(-side * self.chosen.scale // 1) for side in grid)
+        return h * w
+
+    def parts(self) -> Iterator[nn.Module]:
+        for module in self.chosen.modules:
+            yield from module.modules()
+
+    def weights(self) -> Weights:
+        return Weights(query=0)  # all that it computes is its inner sites', or lies between them
+
+    def slots(self) -> dict[str, Slot]:
+        return {name: Slot() for name in (self.name, *self._names())}
+
+    def wrappers(self, method: Any) -> list[Wrapper]:
+        *others, last = (DeepPart(self, *pair) for pair in zip(self.chosen.modules, self._names(), strict=True))
+        last.method = method
+        return [*others, last]
+
+    def _names(self) -> list[str]:
+        """Of the slots of its modules."""
+        return [f"{self.name} {i}" for i in range(len(self.chosen.modules))]
+
+
+class DeepPart(Wrapper):
+    """One module of the inner part. `method`: acts on what the last one returns."""
+
+    method: Any = None
+
+    def __init__(self, site: DeepSite, module: nn.Module, name: str) -> None:
+        super().__init__(module)
+        self.site, self.name = site, name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.retire(args, kwargs)
+        site = self.site
+        if site.plan.idle or not site.level.running:
+            return self.base(*args, **kwargs)
+        slot = site.level.memory.slots[self.name]
+        if site.plan.mode == "full":
+            out = self.base(*args, **kwargs)
+            hidden = out if isinstance(out, Tensor) else out[0]
+            slot.out = _stand_in(out, hidden.new_zeros(()))
+            if self.method is not None:
+                # A copy, here and below: FreeU and T2I-Adapters write into what a module has returned.
+                self.method.leave(PairCall(site), hidden.clone())
+            return out
+        if slot.out is None:
+            raise StateError(f"{site.name}: nothing is kept of this run, its full step was broken off: begin a new run")
+        hidden, *rest = (slot.out,) if isinstance(slot.out, Tensor) else slot.out
+        hidden = (hidden if self.method is None else self.method.leave(PairCall(site), None)).clone()
+        return (hidden, *rest) if isinstance(slot.out, tuple) else hidden
+
+
+def _stand_in(out: Any, zero: Tensor) -> Any:
+    """Zeros in the place of each tensor in what a module returned. They take no room, and nobody writes into skips."""
+    return zero.expand(out.shape) if isinstance(out, Tensor) else tuple(_stand_in(part, zero) for part in out)

@@ -1,0 +1,128 @@
+"""No masking in disguise: how many rows each linear layer of each block is handed, seen by hooks on the layers; and
+FLOPs, which are torch's own count."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffusion_tokred as tokred
+from diffusion_tokred.testing import tiny
+from tests.contract.helpers import PIPES
+from tests.methods.caches import CACHES, KINDS, PACKED, modes, options, patched
+
+SIDES: dict[str, Any] = {"dit": {}}  # square pictures only
+RATIO = 0.9
+
+
+def size(kind):
+    return SIDES.get(kind, dict(height=48, width=32))
+
+
+def linears(pipe, **run):
+    """For each denoiser call: path of a linear layer inside of the blocks -> rows of a sample that it was handed. (But
+    for DiT's embeddings of the time: the first block's are the output's, too.)"""
+    model, calls = tiny.denoiser(pipe), []
+    model.register_forward_pre_hook(lambda module, args: calls.append({}))
+    for name, layer in model.named_modules():
+        if "transformer_blocks." in name and ".emb." not in name and isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(
+                lambda module, args, name=name: calls[-1].update({name: args[0][0].numel() // args[0].shape[-1]})
+            )
+    tiny.run(pipe, **run)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """kind -> tokens, and the rows of each layer in a dense step."""
+    found = {}
+    for kind in KINDS:
+        (calls, *_) = linears(PIPES[kind](), steps=1, **size(kind))
+        found[kind] = (64 if kind == "dit" else 96), calls
+    return found
+
+
+def kept(rows, n, m):
+    """The same layer's rows with `m` of the `n` image tokens: text rows are as they were."""
+    return {name: count - n + m if count >= n else count for name, count in rows.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_rows(name, kind, dense):
+    """At a step of ratio 0.9 every layer of every block gets ceil(0.1 N) image rows, and no layer is left out."""
+    n, rows = dense[kind]
+    pipe = patched(kind, name, ratio=RATIO, interval=3, warmup=2)
+    calls = linears(pipe, steps=4, guidance=1.0, **size(kind))
+    m = math.ceil((1 - RATIO) * n)
+    assert modes(pipe) == ["full", "full", "reduce", "reuse" if name == "duca" else "reduce"]
+    assert calls[0] == calls[1] == rows
+    assert calls[2] == kept(rows, n, m)
+    assert calls[3] == ({} if name == "duca" else calls[2])  # a reusing step: no layer of any block
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["fora-stack", "taylorseer"])
+def test_nothing_runs_between_full_steps(name, kind, dense):
+    pipe = patched(kind, name, interval=3)
+    calls = linears(pipe, steps=4, guidance=1.0, **size(kind))
+    assert calls == [dense[kind][1], {}, {}, dense[kind][1]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["fora", "taylorseer-modules", "toca-faithful", "cat-faithful"])
+def test_rows_inside_of_blocks(name, kind, dense):
+    """Modulation is computed anew, and SD3's and FLUX's own feed-forward of the text, which is no site."""
+    n, rows = dense[kind]
+    pipe = patched(kind, name, interval=3, warmup=2, **({"ratio": RATIO} if name[-8:] == "faithful" else {}))
+    calls = linears(pipe, steps=3, guidance=1.0, **size(kind))
+    assert calls[:2] == [rows, rows]
+    beside = {path: count for path, count in rows.items() if ".norm" in path or ".ff_context." in path}
+    single = {path for path in rows if path.startswith("single")}
+    feed = {path: count for path, count in rows.items() if ".ff." in path or (kind == "pixart" and ".attn2." in path)}
+    if name == "cat-faithful":
+        want = kept(rows, n, math.ceil((1 - RATIO) * n))
+    else:  # FLUX's single blocks are reused whole; the paper's count is int(R N)
+        some = kept(feed, n, int((1 - RATIO) * n)) if name == "toca-faithful" else {}
+        want = {path: count for path, count in (beside | some).items() if path not in single}
+    assert calls[2] == want
+
+
+CELLS = [(name, kind) for name in CACHES for kind in KINDS[1:]]
+
+
+@pytest.mark.parametrize("name, kind", [*CELLS, ("fora", "sd"), ("toca-faithful", "sd"), ("cat-faithful", "sd")])
+def test_flops_are_torch_s(name, kind):
+    """Of each step of a run, whatever its mode; and the dry run has the same."""
+    run = dict(steps=5, batch=2, **size(kind))
+    pipe = tokred.patch(PIPES[kind](), **options(name, interval=3, warmup=2))
+    model, counters = tiny.denoiser(pipe), []
+
+    def begin(module, args):
+        counters.append(FlopCounterMode(display=False).__enter__())
+
+    def end(module, args, output):
+        counters[-1].__exit__(None, None, None)
+
+    model.register_forward_pre_hook(begin)
+    model.register_forward_hook(end)
+    with sdpa_kernel(SDPBackend.MATH):
+        tiny.run(pipe, **run)
+    steps = tokred.report(pipe).steps
+    assert [s.flops for s in steps] == [counter.get_total_flops() for counter in counters]
+    assert {"full"} < {s.mode for s in steps}
+
+    tokred.unpatch(pipe)
+    told = tokred.explain(
+        pipe, **options(name, interval=3, warmup=2), **size(kind), num_inference_steps=5, batch_size=2,
+        text_tokens=0 if kind == "dit" else 7, guidance=True,
+    )  # fmt: skip
+    passes = [[s for s in steps if s.index == index] for index in range(5)]
+    assert [(s.mode, s.ratio) for s in told.steps] == [(step[0].mode, step[0].ratio) for step in passes]
+    assert [s.flops for s in told.steps] == [sum(s.flops for s in step) for step in passes]
