@@ -17,7 +17,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..methods import METHODS, MethodConfig, make_config
 from ..patching import patch
 from . import families, tiny
-from .cases import Broken, Case, Finding, Snapshot, describe, model_of
+from .cases import Broken, Case, Finding, Snapshot, describe, model_of, short
 from .checks import CHECKS, SLOW
 from .sites import SITE_CHECKS
 
@@ -34,7 +34,7 @@ def check_method(
     """Check a method on pipelines of every architecture.
 
     Args:
-        config: a config, or the name of a registered method, for its defaults.
+        config: a config, or the name of a registered method, for its defaults (made to act in runs of a few steps).
         pipes: names of tiny pipelines (`BUILDERS` of `testing.tiny` and of `testing.families`), or name -> function
             that makes a pipeline which `testing.tiny.run` can run. Default: all tiny pipelines. Those that the method
             cannot work on are left out.
@@ -48,7 +48,7 @@ def check_method(
         UnsupportedError: the method can work on none of the pipelines.
     """
     if isinstance(config, str):
-        config = make_config(config)
+        config = short(make_config(config))
     names = _names(checks, CHECKS)
     if not isinstance(pipes, Mapping):
         known = tiny.BUILDERS | families.BUILDERS
@@ -78,7 +78,7 @@ def check_backbone(
         build: makes a fresh pipeline, or denoiser, with the same weights each time.
         run: `run(pipe, steps=2, seed=0, batch=1, **size)` -> its output, a tensor (batch, ...). Row i of a batch must
             be what `seed + i` gives with `batch=1`. `testing.tiny.run` is one.
-        configs: default: the defaults of all methods that can work on it.
+        configs: default: the defaults of all methods that can work on it, made to act in runs of a few steps.
         checks: names in `SITE_CHECKS` and `CHECKS`. Default: all but those in `SLOW`.
         other: arguments of `run` for another size, not square. Default: height 48 and width 32.
 
@@ -91,7 +91,7 @@ def check_backbone(
     label = type(model).__name__
     backbone_of(model)  # or raise
     if configs is None:
-        configs = [config for name in METHODS if not _refusal(build, config := make_config(name))]
+        configs = [config for name in METHODS if not _refusal(build, config := short(make_config(name)))]
     else:
         configs = list(configs)
         for config in configs:
