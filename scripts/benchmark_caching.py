@@ -60,7 +60,7 @@ def main(
         console.print(view)
         found += [{"shape": name, "latent": latent, "depth": depth} | dataclasses.asdict(line) for line in lines]
     if out is not None:
-        env = environment(device, getattr(torch, dtype))
+        env = environment(device) | {"dtype": dtype}
         write_text(out, to_json(result("kept-steps", env=env, pipeline={}, reduction=None, prompts=None, rows=found)))
 
 
