@@ -44,6 +44,22 @@ class CacheConfig(MethodConfig):
         return self.mode_between if self.interval > 1 else "full"
 
 
+@dataclass(frozen=True)
+class TokenConfig(CacheConfig):
+    """Options of those that compute some of the tokens between full steps."""
+
+    ratio: float = option(0.5, "share of tokens left out between full steps", low=0.0, high=0.99)
+    align: int = option(128, "packed: counts are snapped down to it in large pictures", low=1, high=4096)
+
+    @property
+    def share(self) -> float:
+        return self.ratio if self.interval > 1 else 0.0
+
+    @property
+    def asks(self) -> str:
+        return "reduce"
+
+
 class CacheMethod(Method):
     """A method that keeps what full steps compute, for the steps between them."""
 

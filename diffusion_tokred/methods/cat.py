@@ -14,12 +14,12 @@ from ..tokens.cluster import cat_select, features, kmeans, pool, spread
 from ..tokens.scores import change
 from ..tokens.select import untie
 from .base import option, register_method
-from .caching import CacheConfig, CacheMethod, StackCache, TokenCache
+from .caching import CacheMethod, StackCache, TokenCache, TokenConfig
 from .selectors import conditional
 
 
 @dataclass(frozen=True)
-class CATConfig(CacheConfig):
+class CATConfig(TokenConfig):
     """Cluster-aware token pruning (arXiv 2502.00433).
 
     At the end of the warm-up the tokens are clustered by place and predicted noise, once. From then on a step computes
@@ -42,15 +42,6 @@ class CATConfig(CacheConfig):
     clusters: int = option(20, "number of clusters", low=1, high=256)
     hot: float = option(0.25, "share of the computed tokens that go to the hottest clusters", low=0.0, high=1.0)
     iterations: int = option(10, "of k-means", low=1, high=100)
-    align: int = option(128, "counts are snapped down to it in large pictures", low=1, high=4096)
-
-    @property
-    def share(self) -> float:
-        return self.ratio if self.interval > 1 else 0.0
-
-    @property
-    def asks(self) -> str:
-        return "reduce"
 
 
 class Clusters(CacheMethod):

@@ -11,12 +11,12 @@ from ..runtime.site import Site
 from ..tokens.scores import deviation
 from ..tokens.select import top, untie
 from .base import option, register_method
-from .caching import CacheConfig, StackCache
+from .caching import StackCache, TokenConfig
 from .selectors import conditional
 
 
 @dataclass(frozen=True)
-class RASConfig(CacheConfig):
+class RASConfig(TokenConfig):
     """Region-adaptive sampling (arXiv 2502.10389).
 
     Left out are the tokens whose predicted noise deviates most over its channels (the background), or least: `high` is
@@ -26,22 +26,12 @@ class RASConfig(CacheConfig):
     of 28), and an inactive token gets the residual that the blocks gave it last (there: the model's last output).
     """
 
-    ratio: float = option(0.5, "share of tokens left out between full steps", low=0.0, high=0.99)
     interval: int = option(8, "a full step every so many steps: the paper's resets; 1 is dense", low=1, high=1000)
     warmup: int = option(4, "first steps of a run, which are full", low=1, high=1000)
     high: float = option(
         1.0, "share of the tokens left out that deviate most; the rest deviate least", low=0.0, high=1.0
     )
     starvation: float = option(0.1, "how much being left out counts, each time", low=0.0, high=10.0)
-    align: int = option(128, "counts are snapped down to it in large pictures", low=1, high=4096)
-
-    @property
-    def share(self) -> float:
-        return self.ratio if self.interval > 1 else 0.0
-
-    @property
-    def asks(self) -> str:
-        return "reduce"
 
 
 @register_method("ras", RASConfig)

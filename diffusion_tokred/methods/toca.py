@@ -19,14 +19,14 @@ from ..tokens import draw
 from ..tokens.scores import bonus, entropy, normalise, norms, received
 from ..tokens.select import rows_at, scatter_rows, tie, top, untie
 from .base import option, register_method
-from .caching import CacheConfig, CacheMethod, ModuleCache, StackCache
+from .caching import CacheMethod, ModuleCache, StackCache, TokenConfig
 from .selectors import SELECTORS, age, ranked
 
 SCORES = ("attention", "entropy", "value", "key", "random")
 
 
 @dataclass(frozen=True)
-class ToCaConfig(CacheConfig):
+class ToCaConfig(TokenConfig):
     """Token-wise feature caching (arXiv 2410.05317).
 
     The defaults of interval and ratio were chosen on toy-dit (docs/benchmarks.md); the paper has intervals of 3 to 6.
@@ -55,15 +55,6 @@ class ToCaConfig(CacheConfig):
         0.0, "what the best of each cell gets more (s4); the releases have 0.6 (DiT) and 0.4", low=0.0, high=10.0
     )
     cell: int = option(4, "side of such a cell, in tokens; the releases have 2 (DiT) and 4 (PixArt)", low=1, high=64)
-    align: int = option(128, "packed: counts are snapped down to it in large pictures", low=1, high=4096)
-
-    @property
-    def share(self) -> float:
-        return self.ratio if self.interval > 1 else 0.0
-
-    @property
-    def asks(self) -> str:
-        return "reduce"
 
 
 @register_method("toca", ToCaConfig)
