@@ -52,7 +52,7 @@ def test_nothing_is_left(kind, config):
         assert vars(pipe).keys() == pipe_before.keys() and vars(pipe.scheduler).keys() == scheduler_before.keys()
         gc.collect()
         private.append(private_modules())
-    assert private[0] == private[1]
+    assert set(private[1]) <= set(private[0])  # (those of earlier tests' models go when they go)
     assert same(run(pipe), dense(kind))
 
 
