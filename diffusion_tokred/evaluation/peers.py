@@ -125,6 +125,12 @@ class CacheDiT(PeerConfig):
     taylor_text: bool = option(True, "calibrate the text tokens too (enable_encoder_calibrator)")
 
     def attach(self, pipe: Any, model: nn.Module, seed: int) -> Around:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise UnsupportedError(
+                "cache-dit takes the processes of a run for parts of one model, and waits for all of them at each "
+                "step: use it in one process"
+            )
         import cache_dit
 
         config = cache_dit.DBCacheConfig(

@@ -187,3 +187,13 @@ def test_runs_from_before_there_were_peers_still_load(tmp_path: Path) -> None:
     asked = json.loads((tmp_path / "a" / "run.json").read_text())
     assert all(set(variant) == {"name", "anchor", "reduction", "call"} for variant in asked["variants"])
     assert load_run(tmp_path / "a").variants == runs.VARIANTS[:2]
+
+
+def test_cache_dit_does_not_wait_for_other_processes(monkeypatch):
+    """It decides together with all processes of a group: one that times alone would wait for ever."""
+    pytest.importorskip("cache_dit")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    peer = peers.applied(tiny.sd3(), peers.parse_peer("cache-dit", []))
+    with pytest.raises(UnsupportedError, match="use it in one process"), peer:
+        pass
