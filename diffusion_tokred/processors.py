@@ -23,7 +23,8 @@ from torch import nn
 from .errors import ConfigError, StateError, UnsupportedError
 from .methods import CATConfig, MethodConfig, ToCaConfig, ToDoConfig, ToMeConfig
 from .patching import denoisers
-from .runtime.site import Call, Out, Site
+from .runtime.rows import Out
+from .runtime.site import Call, Site
 
 PLACE = "_tokred_place"  # the attribute of an attention module that holds its place
 _FRESH = "_tokred_inner"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
+from ..runtime.rows import KV, Cache, Out
+from ..runtime.site import Block, Call, Level, Site
 from ..runtime.tap import Tap, follow, tapped, why_not
 from ..runtime.work import Weights, macs
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
+from ..runtime.rows import KV, Cache, Out
+from ..runtime.site import Block, Call, Level, Site
 from ..runtime.work import Weights, macs
 from .attention import CrossAttention
 from .base import Backbone, Layout, register_backbone

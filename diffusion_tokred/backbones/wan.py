@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..runtime.site import KV, Block, Cache, Call, Level, Out, Site
+from ..runtime.rows import KV, Cache, Out
+from ..runtime.site import Block, Call, Level, Site
 from ..runtime.stack import StackSite
 from ..runtime.work import Weights, macs
 from .attention import CrossAttention, FeedForwardSite, TappedSite, take

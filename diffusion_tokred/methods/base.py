@@ -11,7 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from ..errors import ConfigError
-from ..runtime.site import OFFERS, Call, Level, Out, Site
+from ..runtime.rows import Out
+from ..runtime.site import OFFERS, Call, Level, Site
 from ..runtime.stack import StackCall
 from ..runtime.store import Clock
 from ..runtime.work import Work

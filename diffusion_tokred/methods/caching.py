@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..runtime.site import Cache, Call, Level, Out, Site
+from ..runtime.rows import Cache, Out
+from ..runtime.site import Call, Level, Site
 from ..runtime.stack import StackCall, StackSite
 from ..runtime.store import Clock, Slot
 from ..runtime.work import Work

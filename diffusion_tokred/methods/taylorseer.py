@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..runtime.site import Call, Out, Site
+from ..runtime.rows import Out
+from ..runtime.site import Call, Site
 from ..runtime.stack import StackCall
 from ..runtime.store import Slot
 from ..tokens.forecast import BASES, extrapolate, weights

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..runtime.site import Call, Out, Site
+from ..runtime.rows import Out
+from ..runtime.site import Call, Site
 from ..runtime.store import Clock
 from ..runtime.work import Work
 from ..schedule.intervals import is_full, toca_share

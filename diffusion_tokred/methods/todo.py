@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..runtime.site import KV, Call, Out, Site
+from ..runtime.rows import KV, Out
+from ..runtime.site import Call, Site
 from ..runtime.work import Work
 from ..tokens import MODES, downsample, pooled_grid, positions
 from .base import Method, MethodConfig, option, register_method

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, StateError
-from ..runtime.site import Call, Out, Site
+from ..runtime.rows import Out
+from ..runtime.site import Call, Site
 from ..runtime.work import Work
 from ..tokens import Merge, destinations, draw, match, split
 from .base import Method, MethodConfig, option, register_method

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..errors import StateError, UnsupportedError
 from ..tokens.select import rows_at
 from .ledger import Wrapper
-from .site import Block, Cache, Call, Leaf, Level, Out, Site
+from .rows import Cache, Out
+from .site import Block, Call, Leaf, Level, Site
 from .store import Slot
 from .work import Weights
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .site import KV, Cache
+from .rows import KV, Cache
 
 _SDPA, _DISPATCH = "scaled_dot_product_attention", "dispatch_attention_fn"
 _numbers = itertools.count()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..patching import patch, report, unpatch
-from ..runtime.site import KV
+from ..runtime.rows import KV
 from .cases import (
     Broken,
     Case,

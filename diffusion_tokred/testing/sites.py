@@ -16,7 +16,8 @@ from ..backbones import backbone_of
 from ..errors import UnsupportedError
 from ..methods import CONFIGS, METHODS, Method, MethodConfig, register_method
 from ..patching import patch
-from ..runtime.site import KINDS, KV, Cache, Call, Out, Site
+from ..runtime.rows import KV, Cache, Out
+from ..runtime.site import KINDS, Call, Site
 from ..runtime.work import Work
 from .cases import Broken, Case, expect_near, model_of, sample_of
 

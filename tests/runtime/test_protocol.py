@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from diffusion_tokred.backbones.attention import JointAttention, SelfAttention
 from diffusion_tokred.backbones.flux import FluxJointAttention, FluxStreamAttention
 from diffusion_tokred.runtime.ledger import Ledger, Wrapper
-from diffusion_tokred.runtime.site import Block, Cache, Call, Leaf, Level, Out, Site
+from diffusion_tokred.runtime.rows import Cache, Out
+from diffusion_tokred.runtime.site import Block, Call, Leaf, Level, Site
 from diffusion_tokred.testing import tiny
 
 

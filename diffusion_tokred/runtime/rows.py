@@ -1,0 +1,117 @@
+"""The rows that go in and out of a module at a site: which keys and values an attention shall see, and what came back.
+
+Plain classes on purpose, as in `site`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tokens.select import scatter_rows
+
+
+class KV:
+    """Keys and values from `reduce(tokens)` instead of from all of them: (B, N, C) -> (B, M, C), linear over tokens.
+
+    `at` (M,) int64 says which tokens were chosen, where `reduce` chooses and does not average. A site that sees the
+    tokens before their projection reduces there; one that sees them after (joint attention) reduces there.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], at: Tensor | None = None) -> None:
+        self.reduce, self.at = reduce, at
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Projected keys or values of the image, (B, N, H * D) -> what the attention shall see."""
+        return self.reduce(rows)
+
+
+class Cache:
+    """Keys and values of all tokens, of which this call renews the rows `at` in place (CAT, RAS, packed stacks).
+
+    `at` is (M,) or (B, M) int64, or None when the call hands in all tokens.
+    """
+
+    def __init__(self, at: Tensor | None = None) -> None:
+        self.at = at
+        self.stored: list[Tensor] = []
+        self._next = 0
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Projected rows of `at`, (B, M, H * D) -> rows of all tokens, (B, N, H * D). Called for k, then for v."""
+        place, self._next = self._next, 1 - self._next
+        if len(self.stored) <= place:
+            self.stored.append(rows.clone())
+        elif self.at is None:
+            self.stored[place].copy_(rows)
+        elif self.at.ndim == 1:
+            self.stored[place].index_copy_(1, self.at, rows)
+        else:
+            self.stored[place].scatter_(1, self.at[:, :, None].expand_as(rows), rows)
+        return self.stored[place]
+
+
+class Out:
+    """What a module returned: image tokens `x` (B, N, C), and the rest as it was.
+
+    `rest`: other results (the text stream, for one); `head` and `tail`: rows before and after the image in its
+    sequence; `whole`: that sequence, as long as the image is unchanged; `beside`: further results that have a row for
+    each image token (FLUX's IP-Adapter), and go the same way.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        rest: tuple[Any, ...] = (),
+        head: Tensor | None = None,
+        tail: Tensor | None = None,
+        whole: Tensor | None = None,
+    ) -> None:
+        self.x, self.rest, self.head, self.tail, self.whole = x, rest, head, tail, whole
+        self.beside: list[Out] = []
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Out:
+        """Change the image tokens, leave the rest."""
+        out = Out(change(self.x), self.rest, self.head, self.tail)
+        out.beside = [other.map(change) for other in self.beside]
+        return out
+
+    def image(self) -> Out:
+        """The image tokens alone, with what has a row for each of them."""
+        out = Out(self.x)
+        out.beside = [other.image() for other in self.beside]
+        return out
+
+    def combine(self, change: Callable[..., Tensor], *others: Out) -> Out:
+        """`change` of all that is in it, and of the same in others."""
+        every = (self, *others)
+
+        def of(name: str) -> Tensor | None:
+            parts = [getattr(out, name) for out in every]
+            return None if parts[0] is None else change(*parts)
+
+        rest = tuple(
+            change(*parts) if isinstance(parts[0], Tensor) else parts[0]
+            for parts in zip(*(out.rest for out in every), strict=True)
+        )
+        out = Out(change(*(out.x for out in every)), rest, of("head"), of("tail"))
+        besides = zip(*(out.beside for out in every), strict=True)
+        out.beside = [first.combine(change, *more) for first, *more in besides]
+        return out
+
+    def renewed(self, at: Tensor, rows: Out) -> Out:
+        """A copy, with the image tokens `at`, (M,) or (B, M), and all that is none of them, from `rows`."""
+        around = (None if part is None else part.clone() for part in (rows.head, rows.tail))  # views, of more than them
+        out = Out(scatter_rows(self.x.clone(), at, rows.x), rows.rest, *around)
+        out.beside = [old.renewed(at, new) for old, new in zip(self.beside, rows.beside, strict=True)]
+        return out
+
+    def rows(self) -> Tensor:
+        """The whole sequence, (B, S, C)."""
+        if self.whole is not None:
+            return self.whole
+        parts = [part for part in (self.head, self.x, self.tail) if part is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
