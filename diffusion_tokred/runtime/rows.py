@@ -47,10 +47,8 @@ class Cache:
             self.stored.append(rows.clone())
         elif self.at is None:
             self.stored[place].copy_(rows)
-        elif self.at.ndim == 1:
-            self.stored[place].index_copy_(1, self.at, rows)
         else:
-            self.stored[place].scatter_(1, self.at[:, :, None].expand_as(rows), rows)
+            scatter_rows(self.stored[place], self.at, rows)
         return self.stored[place]
 
 

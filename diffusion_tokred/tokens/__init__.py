@@ -11,15 +11,17 @@ from .cluster import cat_select, features, kmeans, pool, spread
 from .downsample import MODES, downsample, pooled_grid, positions
 from .draws import draw, mix
 from .forecast import BASES, extrapolate, factors
+from .kernels import add_rows, norm_rows, rows_at, scatter_rows
 from .matching import match
 from .merge import Merge
 from .scores import bonus, change, deviation, entropy, normalise, norms, received
-from .select import rows_at, scatter_rows, tie, top, untie
+from .select import tie, top, untie
 
 __all__ = [
     "BASES",
     "MODES",
     "Merge",
+    "add_rows",
     "bonus",
     "cat_select",
     "change",
@@ -36,6 +38,7 @@ __all__ = [
     "match",
     "mix",
     "normalise",
+    "norm_rows",
     "norms",
     "pool",
     "pooled_grid",
