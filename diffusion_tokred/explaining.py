@@ -14,6 +14,9 @@ from torch import nn
 from .backbones.base import Backbone, default_of
 from .driver import Driver
 from .errors import ConfigError, UnsupportedError
+from .measure.operations import operations
+from .measure.prediction import Prediction, seconds
+from .measure.roofline import Calibration, calibration
 from .methods import MethodConfig, make_method
 from .patching import denoisers, plan, resolve, rule_of
 from .runtime.site import Site
@@ -85,6 +88,7 @@ class Explanation:
         cache_bytes: the most that it keeps from step to step.
         steps: the plan step by step, if `num_inference_steps` was given.
         warnings: sentences.
+        time: predicted seconds of the calls, if they were asked for.
     """
 
     method: str
@@ -102,6 +106,7 @@ class Explanation:
     cache_bytes: int
     steps: tuple[StepLine, ...]
     warnings: tuple[str, ...]
+    time: Prediction | None = None
 
     @property
     def flop_ratio(self) -> float:
@@ -116,6 +121,8 @@ class Explanation:
             data[name] = list(data[name])
         data["levels"] = [line | {"grid": list(line["grid"])} for line in data["levels"]]
         data["flops"] = {kind: list(pair) for kind, pair in self.flops.items()}
+        if self.time is not None:
+            data["time"] |= {"dense": self.time.dense, "reduced": self.time.reduced, "speedup": self.time.speedup}
         data["steps"] = [s | {"u": None if math.isnan(s["u"]) else s["u"]} for s in data["steps"]]
         return data
 
@@ -141,6 +148,8 @@ class Explanation:
             "nothing). FLOP ratios are not speed-ups.",
             f"Kept from step to step: {self.cache_bytes:,} bytes.",
         ]
+        if self.time is not None:
+            lines += ["", self.time.table()]
         if reasons := Counter(site.reason for site in self.sites if site.reason):
             lines += ["", "Left alone:", *(f"{n:>5} x {reason}" for reason, n in reasons.items())]
         if self.steps:
@@ -168,6 +177,7 @@ def explain(
     dtype: torch.dtype | None = None,
     text_tokens: int | None = None,
     num_frames: int | None = None,
+    time: bool | Calibration = False,
     **options: Any,
 ) -> Explanation:
     """Say what `patch` with these arguments would do, and what it would save. Runs nothing and changes nothing.
@@ -184,6 +194,8 @@ def explain(
         dtype: of what is kept from step to step; default: the denoiser's.
         text_tokens: of a prompt, without rows that the model adds; default: what the pipeline pads its prompts to.
         num_frames: of a video, of its latents for a denoiser; default: the pipeline's own.
+        time: predict the time too, on the denoiser's device: by a calibration of it, which takes up to a minute the
+            first time and is kept in the user's cache folder; or by the one given.
 
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
@@ -204,7 +216,11 @@ def explain(
         guidance = backbone.guided(denoiser, target)
     levels = driver.layout.levels
     grids = {v.index: g for v, g in zip(levels, backbone.grids(denoiser, h, w), strict=True)}
-    count = _Count(driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype)
+    if time is True:
+        time = calibration(denoiser.device, dtype or denoiser.dtype)
+    count = _Count(
+        driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype, time or None
+    )
     if num_inference_steps is None:
         noise = [_strongest(rule)]
     else:
@@ -219,9 +235,9 @@ class _Count:
 
     def __init__(
         self, driver: Driver, height: int, width: int, batch: int, text: int, grids: dict[int, tuple[int, int]],
-        dtype: torch.dtype,
+        dtype: torch.dtype, calibration: Calibration | None = None,
     ) -> None:  # fmt: skip
-        self.driver, self.grids, self.dtype = driver, grids, dtype
+        self.driver, self.grids, self.dtype, self.calibration = driver, grids, dtype, calibration
         self.text = text
         self.size = (height, width, batch, driver.backbone.beside(driver.denoiser, text, height, width), grids)
         self.dense = driver.flops.parts(*self.size)
@@ -229,6 +245,7 @@ class _Count:
         self.touched = 0  # FLOPs of the dense steps at the sites that are reduced
         self.bytes = 0
         self.steps: list[StepLine] = []
+        self.seconds = dict.fromkeys(self.dense, 0.0)
         self.works: dict[str, Work] = {}  # at the step with the largest ratio
 
     def step(self, index: int, u: float, total: int | None) -> None:
@@ -251,6 +268,8 @@ class _Count:
             raise ConfigError(f"{method.name} at latents of {self.size[0]}x{self.size[1]}: {error}") from error
         parts = driver.flops.parts(*self.size, works)
         self.reduced = {kind: n + parts[kind] for kind, n in self.reduced.items()}
+        for kind, part in self.predicted(works).items():
+            self.seconds[kind] += part
         self.touched += sum(self.flops(part) for site in active for part in (site, *site.inner))
         self.touched += self.dense["rest"] - parts["rest"]  # what lies between the sites and is left out with them
         batch = self.size[2]
@@ -263,6 +282,20 @@ class _Count:
         if not self.steps or ratio > max(step.ratio for step in self.steps):
             self.works = works
         self.steps.append(StepLine(index, u, mode, ratio, bool(fresh), sum(parts.values())))
+
+    def predicted(self, works: dict[str, Work]) -> dict[str, float]:
+        """Seconds of a call by kind of site, if they are to be predicted."""
+        if self.calibration is None:
+            return {}
+        return seconds(self.calibration, operations(self.driver.flops, *self.size, self.dtype.itemsize, works))
+
+    @property
+    def time(self) -> Prediction | None:
+        c, calls = self.calibration, len(self.steps)
+        if c is None:
+            return None
+        parts = {kind: (calls * part, self.seconds[kind]) for kind, part in self.predicted({}).items()}
+        return Prediction(c.device, c.dtype, parts)
 
     def flops(self, site: Site, work: Work | None = None) -> int:
         """FLOPs of a site, dense or not."""
@@ -297,6 +330,7 @@ class _Count:
             cache_bytes=self.bytes,
             steps=tuple(self.steps) if steps else (),
             warnings=tuple(warnings),
+            time=self.time,
         )
 
     def _site(self, site: Site) -> SiteLine:
@@ -343,6 +377,8 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
         found.append(
             f"this cannot pay here: if what {name} touches cost nothing, the FLOP ratio would be {count.ceiling:.3f}x"
         )
+    if count.time is not None and count.time.verdict:
+        found.append(count.time.verdict)
     if sum(count.reduced.values()) >= sum(count.dense.values()) * len(count.steps):
         found.append(f"this costs more FLOPs than it saves: {name} spends {count.reduced['method'] / 1e9:.3f} GFLOP")
     for index in sorted({site.level.index for site in driver.sites}):
