@@ -149,6 +149,34 @@ def test_a_forecast_of_order_0_reuses(what):
         near(run(patched("flux", "taylorseer", interval=3, what=what, **more), steps=6), fora, 1e-5)
 
 
+def test_toca_in_a_single_block_of_flux():
+    """Chosen tokens, and text, get what their own MLP and the *old* attention give them; the others what they got."""
+    pipe = patched("flux", "toca-faithful", torch.float64, interval=4, ratio=0.6)
+    plain = cast(tiny.flux(), torch.float64).transformer.single_transformer_blocks[0]
+    block, seen = pipe.transformer.single_transformer_blocks[0], []
+    block.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append((kwargs, [part.clone() for part in out])), with_kwargs=True
+    )
+    run(pipe, steps=3, guidance=1.0)
+    assert modes(pipe) == ["full", "reduce", "reduce"]
+    attended = []
+    handle = plain.attn.register_forward_hook(lambda module, args, out: attended.append(out))
+    added = None
+    for kwargs, (text, image) in seen:
+        want_text, want = plain(**kwargs)
+        if added is None:
+            added = want - kwargs["hidden_states"]
+            handle.remove()
+            plain.attn.forward = lambda *args, **kwargs: attended[0]
+        else:
+            old, new = kwargs["hidden_states"] + added, want - kwargs["hidden_states"]
+            fresh = (image - old).abs().amax(-1)[0] > 1e-9
+            assert fresh.sum() == int(0.4 * 64)
+            added = torch.where(fresh[:, None], new, added)
+        near(image, kwargs["hidden_states"] + added, 1e-10)
+        near(text, want_text, 1e-10)
+
+
 # --- clusters -----
 
 
