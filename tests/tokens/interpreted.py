@@ -72,10 +72,10 @@ def test_rows_taken_and_put(b, n, c, m, kind, dtype):
     x, new, at = (9 * randn(b, n, c)).to(dtype), (9 * randn(b, m, c)).to(dtype), indices(kind, b, n, m)
     expected = x.clone()
     rows.put(expected, at, new)
-    for mine in (x.clone(), strided(x)):
-        assert torch.equal(rows_triton.take(mine, at), rows.take(x, at))
-        rows_triton.put(mine, at, new)
-        assert torch.equal(mine, expected)
+    mine = strided(x) if kind == "each" else x.clone()
+    assert torch.equal(rows_triton.take(mine, at), rows.take(x, at))
+    rows_triton.put(mine, at, new)
+    assert torch.equal(mine, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,13 +105,12 @@ def test_norm_and_modulation(b, n, c, m, kind, dtype):
     exact = exact * (1 + scale.double()[:, None]) + shift.double()[:, None]
     # rounded once: half an ulp, and what float32 loses where large equal numbers are subtracted
     bound = ulp(dtype) * exact.abs() + 1e-4 * (1 + scale.double().abs())[:, None] + 1e-6
-    for source in (x, strided(x)):
-        found = rows_triton.modulate(source, at, shift, scale, 1e-6)
-        assert found.dtype == dtype and found.shape == (b, m, c)
-        assert (found.double() - exact).abs().le(bound).all()
-        plain = rows.modulate(x, at, shift, scale, 1e-6).double()
-        assert (found.double() - plain).abs().le(bound + 4 * torch.finfo(dtype).eps * (1 + exact.abs() + plain.abs())
-                                                 * (2 + scale.double().abs())[:, None]).all()  # fmt: skip
+    found = rows_triton.modulate(strided(x) if kind == "each" else x, at, shift, scale, 1e-6)
+    assert found.dtype == dtype and found.shape == (b, m, c)
+    assert (found.double() - exact).abs().le(bound).all()
+    plain = rows.modulate(x, at, shift, scale, 1e-6).double()  # rounded several times
+    slack = 4 * torch.finfo(dtype).eps * (1 + exact.abs() + plain.abs()) * (2 + scale.double().abs())[:, None]
+    assert (found.double() - plain).abs().le(bound + slack).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,10 +172,10 @@ def test_nearest_of_equal_ones(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("b, n", [(1, 2), (3, 17), (2, 300), (1, 1025)])
-@pytest.mark.parametrize("levels", [1, 4, 1e6])
+@pytest.mark.parametrize("levels", [2, 1e6])
 def test_largest(b, n, levels, dtype):
     scores = (randn(b, n) * levels).round().clamp(-60000, 60000).to(dtype)
-    for k in sorted({1, n // 3 or 1, n - 1}):
+    for k in sorted({n // 3 or 1, n - 1}):
         found = selection_triton.top(scores, k)
         assert torch.equal(found, selection.top(scores, k))
         for row, mine in zip(scores.tolist(), found.tolist(), strict=True):  # the definition
