@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from .backbones.base import Backbone, default_of
+from .drawing import draw_plan
 from .driver import Driver
 from .errors import ConfigError, UnsupportedError
+from .extras import need
 from .methods import MethodConfig, make_method
-from .patching import denoisers, plan, resolve, rule_of
+from .patching import denoisers, plan
+from .ruling import resolve, rule_of
 from .runtime.site import Site
 from .runtime.work import Work
 from .schedule.noise import noise_levels
@@ -60,7 +63,11 @@ class LevelLine:
 
 @dataclass(frozen=True)
 class StepLine:
-    """A step of the plan. `fresh`: a decision that is kept over steps (a matching, say) is made anew."""
+    """A step of the plan. `fresh`: a decision that is kept over steps (a matching, say) is made anew.
+
+    `ratio` is what it comes to where counts of tokens are snapped (`align`). `parts`, where the policy has rules: mode
+    and ratio of each of the explanation's groups; `mode` and `ratio` are then those of the largest ratio.
+    """
 
     index: int
     u: float
@@ -68,6 +75,7 @@ class StepLine:
     ratio: float
     fresh: bool
     flops: int
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,9 @@ class Explanation:
         cache_bytes: the most that it keeps from step to step.
         steps: the plan step by step, if `num_inference_steps` was given.
         warnings: sentences.
+        groups: where the policy has rules, the sites that go by the same points, in words.
+        asked: what the policy asks of each group, or of all sites, ("reduce", 0.5), by the noise level from which on it
+            holds.
     """
 
     method: str
@@ -102,6 +113,8 @@ class Explanation:
     cache_bytes: int
     steps: tuple[StepLine, ...]
     warnings: tuple[str, ...]
+    groups: tuple[str, ...] = ()
+    asked: tuple[dict[float, tuple[str, float]], ...] = ()
 
     @property
     def flop_ratio(self) -> float:
@@ -112,12 +125,48 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, with `flop_ratio`."""
         data = asdict(self) | {"flop_ratio": self.flop_ratio}
-        for name in ("sites", "levels", "steps", "warnings"):
+        for name in ("sites", "levels", "steps", "warnings", "groups"):
             data[name] = list(data[name])
         data["levels"] = [line | {"grid": list(line["grid"])} for line in data["levels"]]
         data["flops"] = {kind: list(pair) for kind, pair in self.flops.items()}
-        data["steps"] = [s | {"u": None if math.isnan(s["u"]) else s["u"]} for s in data["steps"]]
+        data["steps"] = [
+            s | {"u": None if math.isnan(s["u"]) else s["u"], "parts": list(map(list, s["parts"]))}
+            for s in data["steps"]
+        ]
+        data["asked"] = [[[u, ratio, mode] for u, (mode, ratio) in points.items()] for points in self.asked]
         return data
+
+    def to_pandas(self) -> Any:
+        """The steps of the plan as a pandas DataFrame, one row each.
+
+        Raises:
+            ImportError: pandas is not installed.
+            ConfigError: there are no steps: `num_inference_steps` was not given.
+        """
+        pandas = need("pandas", "eval", "to_pandas()")
+        rows = [asdict(step) for step in self._planned()]
+        for row in rows:
+            parts = row.pop("parts")
+            row |= {f"ratio, {name}": ratio for name, (_, ratio) in zip(self.groups, parts, strict=False)}
+        return pandas.DataFrame(rows)
+
+    def plot(self) -> Any:
+        """A matplotlib figure: what the policy asks for against the noise level, with a mark for each step.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ConfigError: there are no steps: `num_inference_steps` was not given.
+        """
+        steps = [(step.u, step.parts or ((step.mode, step.ratio),)) for step in self._planned()]
+        names = self.groups or ("all sites",)
+        return draw_plan(
+            steps, dict(zip(names, self.asked, strict=True)), f"{self.method} on {self.model}, {self.calls} steps"
+        )
+
+    def _planned(self) -> tuple[StepLine, ...]:
+        if not self.steps:
+            raise ConfigError("there is no plan step by step: give explain num_inference_steps")
+        return self.steps
 
     def table(self) -> str:
         """Plain text."""
@@ -144,10 +193,15 @@ class Explanation:
         if reasons := Counter(site.reason for site in self.sites if site.reason):
             lines += ["", "Left alone:", *(f"{n:>5} x {reason}" for reason, n in reasons.items())]
         if self.steps:
-            lines += ["", f"{'step':>5} {'u':>6} {'mode':>8} {'ratio':>6} {'GFLOP':>12}"]
+            lines += ["", *(f"  [{i}] {name}" for i, name in enumerate(self.groups, 1)), *([""] if self.groups else [])]
+            wide = [f"{f'[{i + 1}]':>6}" for i in range(len(self.groups))]
+            lines.append(" ".join([f"{'step':>5} {'u':>6} {'mode':>8} {'ratio':>6} {'GFLOP':>12}", *wide]))
             for s in self.steps:
                 u = "-" if math.isnan(s.u) else f"{s.u:.3f}"
-                lines.append(f"{s.index:>5} {u:>6} {s.mode:>8} {s.ratio:>6.3f} {s.flops / 1e9:>12.3f}")
+                parts = [f"{ratio:>6.3f}" for _, ratio in s.parts]
+                lines.append(
+                    " ".join([f"{s.index:>5} {u:>6} {s.mode:>8} {s.ratio:>6.3f} {s.flops / 1e9:>12.3f}", *parts])
+                )
         return "\n".join([*lines, *(["", *(f"! {text}" for text in self.warnings)] if self.warnings else [])])
 
     def __str__(self) -> str:
@@ -188,7 +242,7 @@ def explain(
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
     """
-    config = resolve(config, method, options)
+    config = resolve(config, method, options, policy)
     rule = rule_of(config, policy)
     counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "num_frames": num_frames}
     for name, value in counts.items():
@@ -230,6 +284,12 @@ class _Count:
         self.bytes = 0
         self.steps: list[StepLine] = []
         self.works: dict[str, Work] = {}  # at the step with the largest ratio
+        self.groups: dict[
+            str, Site
+        ] = {}  # where the policy has rules: of the sites that go by the same points, the first
+        for site in driver.sites if driver.policy.rules else ():
+            rule = driver.policy.rule(site.level.index, site.kind, site.block.index)
+            self.groups.setdefault("other sites" if rule is None else str(rule), site)
 
     def step(self, index: int, u: float, total: int | None) -> None:
         """Plan a step as `Driver.before` does, and count it. Without a `total`: one after the first ones."""
@@ -249,20 +309,24 @@ class _Count:
             raise
         except ValueError as error:  # the tokens' floor says what a grid is too small for
             raise ConfigError(f"{method.name} at latents of {self.size[0]}x{self.size[1]}: {error}") from error
-        parts = driver.flops.parts(*self.size, works)
-        self.reduced = {kind: n + parts[kind] for kind, n in self.reduced.items()}
+        counted = driver.flops.parts(*self.size, works)
+        self.reduced = {kind: n + counted[kind] for kind, n in self.reduced.items()}
         self.touched += sum(self.flops(part) for site in active for part in (site, *site.inner))
-        self.touched += self.dense["rest"] - parts["rest"]  # what lies between the sites and is left out with them
+        self.touched += self.dense["rest"] - counted["rest"]  # what lies between the sites and is left out with them
         batch = self.size[2]
         stored = [
             method.stored(site, self.grids[site.level.index], site.plan.ratio, batch, self.dtype, self.size[3])
             for site in (driver.sites if driver.keeping(total) else active)
         ]
         self.bytes = max(self.bytes, sum(stored))
-        mode, ratio = driver.decided
+        mode, ratio = driver.shown(self.grids)
+        parts = tuple(
+            driver.realised(site.plan.mode, site.plan.ratio, self.grids[site.level.index])
+            for site in self.groups.values()
+        )
         if not self.steps or ratio > max(step.ratio for step in self.steps):
             self.works = works
-        self.steps.append(StepLine(index, u, mode, ratio, bool(fresh), sum(parts.values())))
+        self.steps.append(StepLine(index, u, mode, ratio, bool(fresh), sum(counted.values()), parts))
 
     def flops(self, site: Site, work: Work | None = None) -> int:
         """FLOPs of a site, dense or not."""
@@ -297,6 +361,11 @@ class _Count:
             cache_bytes=self.bytes,
             steps=tuple(self.steps) if steps else (),
             warnings=tuple(warnings),
+            groups=tuple(self.groups),
+            asked=tuple(
+                driver.policy.asked(site.level.index, site.kind, site.block.index)
+                for site in self.groups.values() or driver.sites[:1]
+            ),
         )
 
     def _site(self, site: Site) -> SiteLine:
@@ -398,8 +467,9 @@ def _scale(pipe: Any) -> int:
 
 def _strongest(rule: Policy) -> float:
     """The noise level at which a policy leaves out most."""
-    levels = [i / 100 for i in range(101)] if rule.function else [u for u, _, _ in rule.points] or [1.0]
-    return max(levels, key=lambda u: rule.at(u)[1])
+    lists = (rule.points, *(r.points for r in rule.rules))
+    levels = [i / 100 for i in range(101)] if rule.function else [u for points in lists for u, _, _ in points] or [1.0]
+    return max(levels, key=lambda u: max(ratio for _, ratio in rule.everywhere(u)))
 
 
 def _noise(target: Any, backbone: Backbone, rule: Policy, steps: int, tokens: int) -> list[float]:
