@@ -116,16 +116,16 @@ def check_fit(rule: Policy, model: nn.Module, sites: Sequence[Site], method: Met
 
 
 def _check_counts(rule: Policy, sites: Sequence[Site], method: Method) -> None:
-    if method.counts is None:
+    if method.ratios is None:
         return
     for site in sites:
         asked = _asked(rule, site).values()
         ratios = sorted({ratio for mode, ratio in asked if mode == "reduce"}, reverse=True)
-        if len(ratios) > method.counts:
+        if len(ratios) > method.ratios:
             shown = ", ".join(f"{ratio:g}" for ratio in ratios[:5]) + (", ..." if len(ratios) > 5 else "")
             raise ConfigError(
                 f"the policy asks {method.name} for {len(ratios)} different ratios at {site.name} ({shown}), and it "
-                f"may have {method.counts} in a run, as each is a shape of its own for kernels and compiled models: "
+                f"may have {method.ratios} in a run, as each is a shape of its own for kernels and compiled models: "
                 "Policy.shaped(function), or linear, cosine, piecewise, choose the nearest"
             )
 

@@ -118,7 +118,7 @@ class Method:
         unforeseen: what a dry run cannot know of it, a sentence.
         coordinate: what forecasts are functions of: "step" or "noise".
         whole: True if it acts at all kinds of site that a model has of its own, or not at all.
-        counts: how many ratios other than 0 a policy may ask of a site in mode "reduce": each is a shape of its own for
+        ratios: how many ratios other than 0 a policy may ask of a site in mode "reduce": each is a shape of its own for
             compiled models and kernels. None: any number, as papers have them.
         shares: what a policy's rules may not tell apart at a level, since its sites share a clock ("mode") or a choice
             of tokens ("ratio"); "" if nothing.
@@ -136,7 +136,7 @@ class Method:
     watches_output: bool = False
     coordinate: str = "step"
     whole: ClassVar[bool] = False
-    counts: ClassVar[int | None] = COUNTS
+    ratios: ClassVar[int | None] = COUNTS
     shares: str = ""
 
     def __init__(self, config: Any) -> None:

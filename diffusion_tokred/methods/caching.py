@@ -134,7 +134,7 @@ class TokenCache(ModuleCache):
     the kept keys and values of all. The other rows of what a module gives back are as they were."""
 
     modes: tuple[str, ...] = ("full", "reduce")
-    counts = None
+    ratios = None
     shares = "ratio"
 
     def needs(self, kind: str) -> frozenset[str]:

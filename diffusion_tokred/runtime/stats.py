@@ -18,10 +18,11 @@ TOKEN_STATES = ("computed", "merged", "reused", "forecast", "pruned", "protected
 class StepRecord:
     """One call of the denoiser.
 
-    `mode` and `ratio` are those of the step's plan (by a policy with rules, those of the largest ratio), and the ratio is
-    what it comes to where counts of tokens are snapped (`align`). Tokens are summed over the sites in use, for one sample: a token is
-    computed where it is query and key. `flops` (2 a multiply-add, whole batch, whole denoiser) are counted, never
-    timed; `seconds` is None unless the run was patched with `record="time"`. Unknown noise is nan (null in JSON).
+    `mode` and `ratio` are those of the step's plan (by a policy with rules, those of the largest ratio); the ratio is
+    what it comes to where counts of tokens are snapped (`align`). Tokens are summed over the sites in use, for one
+    sample: a token is computed where it is query and key. `flops` (2 a multiply-add, whole batch, whole denoiser) are
+    counted, never timed; `seconds` is None unless the run was patched with `record="time"`. Unknown noise is nan (null
+    in JSON).
     """
 
     run: int
