@@ -187,9 +187,8 @@ class Policy:
         Raises:
             ConfigError: there is no denoiser in it.
         """
-        found = [part for name in stamp.PARTS if hasattr(part := getattr(pipe, name, None), "config")]
-        if not found and hasattr(pipe, "config"):
-            found = [pipe]
+        parts = [getattr(pipe, name, None) for name in stamp.PARTS]
+        found = [part for part in (*parts, pipe) if hasattr(part, "forward") and not isinstance(part, type)]
         if not found:
             raise ConfigError(f"{type(pipe).__name__} is neither a pipeline with a denoiser nor a denoiser")
         return dataclasses.replace(
