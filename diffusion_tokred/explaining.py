@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .backbones.base import Backbone, default_of
+from .defaults import measured_default, origin
 from .driver import Driver
 from .errors import ConfigError, UnsupportedError
 from .explanation import Explanation, LevelLine, SiteLine, StepLine
 from .methods import MethodConfig, make_method
 from .patching import denoisers, plan
-from .ruling import resolve, rule_of
+from .ruling import settle
 from .runtime.site import Site
 from .runtime.work import Work
 from .schedule.noise import noise_levels
@@ -61,8 +63,8 @@ def explain(
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
     """
-    config = resolve(config, method, options, policy)
-    rule = rule_of(config, policy)
+    bare = config is None and policy is None and not options
+    config, rule = settle(config, method, options, policy, denoisers(target)[0])
     counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "num_frames": num_frames}
     for name, value in counts.items():
         if value is not None and value < 1:
@@ -84,7 +86,12 @@ def explain(
         noise = _noise(target, backbone, rule, num_inference_steps, math.prod(grids[levels[0].index]))
     for index, u in enumerate(noise):
         count.step(index, u, len(noise) if num_inference_steps else None)
-    return count.explanation(_warnings(count, rule, num_inference_steps), bool(num_inference_steps))
+    found = count.explanation(_warnings(count, rule, num_inference_steps), bool(num_inference_steps))
+    if not bare:
+        return found
+    chosen = measured_default(config.name, backbone.name)
+    none = f"no measured default for {config.name} on {backbone.name}: the method's own, {driver.method.paper}"
+    return replace(found, default=none if chosen is None else origin(chosen))
 
 
 class _Count:

@@ -79,6 +79,7 @@ class Explanation:
         groups: where the policy has rules, the sites that go by the same points, in words.
         asked: what the policy asks of each group, or of all sites, ("reduce", 0.5), by the noise level from which on it
             holds.
+        default: where nothing but the method was named, what chose its settings.
     """
 
     method: str
@@ -98,6 +99,7 @@ class Explanation:
     warnings: tuple[str, ...]
     groups: tuple[str, ...] = ()
     asked: tuple[dict[float, tuple[str, float]], ...] = ()
+    default: str = ""
 
     @property
     def flop_ratio(self) -> float:
@@ -157,6 +159,7 @@ class Explanation:
         lines = [
             f"{self.method} on {self.model}: latents {self.height}x{self.width}, batch {self.batch}, "
             f"{self.text_tokens} text tokens, {what}",
+            *([f"Settings: {self.default}"] if self.default else []),
             "",
             f"{'level':>5} {'grid':>9} {'tokens':>8} {'queries':>8} {'keys':>8} {'sites used':>12}",
         ]

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .backbones import BACKBONES, Backbone, Layout, backbone_of
+from .defaults import measured_families
 from .driver import RECORDS, REPORTS, Driver
 from .errors import ConfigError, UnsupportedError
 from .methods import METHODS, Method, MethodConfig, MethodInfo, make_config, make_method
-from .ruling import check_fit, resolve, rule_of
+from .ruling import check_fit, settle
 from .runtime.site import OFFERS, Site
 from .runtime.stats import Report
 from .schedule.policy import Policy
@@ -41,9 +42,11 @@ def patch(
         target: a diffusers pipeline, or its denoiser (UNet, transformer). Changed in place, and returned. Pipelines
             that share the denoiser (`from_pipe`) share the patch.
         config: a method's config, such as `ToMeConfig(ratio=0.5)`; or
-        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config.
+        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config. Alone, it
+            means what was measured for this family of models, if there is that; else the method's defaults.
         policy: the ratio as a function of the noise level, instead of the config's constant one: a number, a `Policy`,
-            a list of points (u, ratio) or (u, ratio, mode), or a function of u. A `Policy` that says what method it is
+            a list of points (u, ratio) or (u, ratio, mode), or a function of u. Methods that merge or pack tokens have
+            at most three ratios in a run: see `Policy.shaped`. A `Policy` that says what method it is
             for brings that method, with its options (those given here win); one for another method or another model is
             refused, see `Policy.without_method` and `without_model`.
         seed: of the method's own random draws; no generator of torch is read or changed.
@@ -58,8 +61,7 @@ def patch(
         UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site.
             Nothing has been changed then.
     """
-    config = resolve(config, method, options, policy)
-    rule = rule_of(config, policy)
+    config, rule = settle(config, method, options, policy, denoisers(target)[0])
     check_settings(seed, record)
     budget = bytes_of(cache_budget)
     drivers = [plan(denoiser, make_method(config), rule, seed, record, budget) for denoiser in denoisers(target)]
@@ -114,6 +116,7 @@ def methods() -> list[MethodInfo]:
             kinds_of(name),
             kind.paper,
             tuple(b for b in BACKBONES if not why_not(make_method(config_of(name)()), BACKBONES[b])),
+            measured_families(name),
         )
         for name, kind in METHODS.items()
     ]

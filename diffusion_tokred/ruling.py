@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .backbones import backbone_of
+from .defaults import measured_default
 from .errors import ConfigError, UnsupportedError
 from .methods import METHODS, Method, MethodConfig, make_config, make_method
 from .runtime.site import Site
@@ -16,6 +18,30 @@ from .schedule.rules import Rule
 from .schedule.stamp import check_model
 
 _WHOLE = ("stack", "deep")  # kinds of site that are many blocks at once
+
+
+def settle(
+    config: MethodConfig | None, method: str | None, options: Mapping[str, Any], policy: Any, model: nn.Module
+) -> tuple[MethodConfig, Policy]:
+    """The config and the policy that `patch`'s arguments mean for a denoiser.
+
+    Raises:
+        ConfigError: as `resolve` and `rule_of`.
+        UnsupportedError: an unknown architecture.
+    """
+    policy = offered(config, method, options, policy, model)
+    config = resolve(config, method, options, policy)
+    return config, rule_of(config, policy)
+
+
+def offered(
+    config: MethodConfig | None, method: str | None, options: Mapping[str, Any], policy: Any, model: nn.Module
+) -> Any:
+    """The policy that was given; or, for a method that is named and nothing else, what was measured for the model's
+    family, if that was. None: the config's own ratio."""
+    if config is None and policy is None and not options and method in METHODS:
+        return measured_default(method, backbone_of(model).name)
+    return policy
 
 
 def resolve(

@@ -82,7 +82,7 @@ def compare(
 
         options.load_plugins()
         rule = None if policy is None else options.policy(policy)
-        config = options.config_from(method, ctx.args, rule)
+        chosen = options.chosen(method, ctx.args, rule)
         seeds, pixels = options.seeds(seed), None if size is None else options.size(size)
         images.check_target(out)
     pipe, defaults = load_pipeline(model, dtype, device, threads)
@@ -91,7 +91,7 @@ def compare(
         say(note)
     with progress_bar() as progress:
         found = run(
-            pipe, config, policy=rule, prompt=prompt, seeds=seeds, size=pixels or defaults.get("size"),
+            pipe, **chosen, prompt=prompt, seeds=seeds, size=pixels or defaults.get("size"),
             steps=steps or defaults.get("steps"), guidance=defaults.get("guidance") if guidance is None else guidance,
             repeat=repeat, model=model, call=defaults.get("call"), progress=progress,
         )  # fmt: skip
@@ -146,13 +146,13 @@ def explain(
         if plot is not None:
             _check_plot(plot, steps)
         rule = None if policy is None else options.policy(policy)
-        config = options.config_from(method, ctx.args, rule)
+        chosen = options.chosen(method, ctx.args, rule)
         pixels = None if size is None else options.size(size)
     pipe, defaults = load_pipeline(model, dtype, device, None)
     width, height = pixels or defaults.get("size") or (None, None)
     scale = defaults.get("guidance") if guidance is None else guidance
     found = dry_run(
-        pipe, config, policy=rule, height=height, width=width, num_inference_steps=steps,
+        pipe, **chosen, height=height, width=width, num_inference_steps=steps,
         guidance=None if scale is None else scale > 1, text_tokens=defaults.get("text_tokens"), num_frames=frames,
     )  # fmt: skip
     if plot is not None:

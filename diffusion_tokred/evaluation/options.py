@@ -91,6 +91,14 @@ def config_from(method: str | None, words: Sequence[str], policy: Policy | None 
     return resolve(None, method, options, policy)
 
 
+def chosen(method: str | None, words: Sequence[str], policy: Policy | None) -> dict[str, Any]:
+    """What a command was told, as `patch`'s arguments: a method by its name where nothing else was said."""
+    if policy is None and not words and method is not None:
+        make_config(method)  # an error if there is none of this name
+        return {"method": method}
+    return {"config": config_from(method, words, policy), "policy": policy}
+
+
 def _field(known: dict[str, Field[Any]], name: str) -> Any:
     return known[name].default if name in known else None
 

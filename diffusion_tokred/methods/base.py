@@ -94,13 +94,14 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A row of `methods()`."""
+    """A row of `methods()`. `measured`: the backbones for which its default settings were chosen by measuring."""
 
     name: str
     config: type[MethodConfig]
     sites: tuple[str, ...]
     paper: str
     backbones: tuple[str, ...]
+    measured: tuple[str, ...] = ()
 
 
 class Method:
