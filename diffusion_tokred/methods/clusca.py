@@ -99,11 +99,12 @@ class ClusCa(ModuleTaylorSeer):
 
     def apply(self, call: Call) -> Out:
         slot, site = call.slot, call.site
-        if site.kind != "feed_forward" and call.plan.mode != "full":  # what became of the tokens, feed-forwards say
-            return site.given(call, self.forecast(call))
-        if call.plan.mode == "full":
+        full = call.plan.mode == "full"
+        if site.kind != "feed_forward":  # what became of the tokens, feed-forwards say
+            return super().apply(call) if full else site.given(call, self.forecast(call))
+        if full:
             out = super().apply(call)
-            slot.error = None
+            slot.error = torch.zeros_like(out.x)
             if site.name == self._last[call.level.index]:
                 slot.score = call.x
             return out
@@ -113,7 +114,7 @@ class ClusCa(ModuleTaylorSeer):
         call.note(lambda: call.x.new_full((b, n), 3, dtype=torch.uint8).scatter(1, at, 0))
         expected = self.forecast(call)
         computed = call.compute(rows_at(call.x, at), at=at)
-        x = expected.x if slot.error is None else expected.x + slot.error
-        x = torch.lerp(x, rows_at(computed.x, labels), follow[..., None].to(x.dtype))
+        assert slot.error is not None
+        x = torch.lerp(expected.x + slot.error, rows_at(computed.x, labels), follow[..., None].to(expected.x.dtype))
         slot.error = x - expected.x
         return site.given(call, Out(x, computed.rest, computed.head, computed.tail))
