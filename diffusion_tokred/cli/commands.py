@@ -179,7 +179,7 @@ def methods(
         print(methods_markdown(), end="")
         return
     console = make_console()
-    print_table(console, ("method", "paper", "acts on", "backbones"), method_rows())
+    print_table(console, ("method", "paper", "acts on", "backbones", "defaults measured on"), method_rows())
     if sites:
         print_table(console, ("method", "at", "works on", "not on, and why"), site_rows())
     if options:
