@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ class Driver:
         self.info: StepInfo | None = None
         self._allowed: set[tuple[str, float]] = set()
         self._memories: dict[tuple[Any, ...], Memory] = {}
-        self.decided = ("full", 0.0)
+        self.decided, self.decider = ("full", 0.0), 0  # mode and ratio of the step, and the level that they are of
         self._maps: list[tuple[int, str, dict[int, Tensor]]] = []
         self._counts: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
         self._started = 0.0
@@ -278,7 +278,17 @@ class Driver:
             for (where, _), (mode, _) in steps.items():
                 if where == level.index:
                     level.memory.clock.turn(index, mode)
-        self.decided = next((step for step in steps.values() if step[0] != "full"), ("full", 0.0))
+        reduced = [(place, step) for (place, _), step in steps.items() if step[0] != "full"]
+        # Where rules ask for different ones, the step is named after the largest ratio.
+        self.decider, self.decided = max(reduced, key=lambda found: found[1][1], default=(0, ("full", 0.0)))
+
+    def shown(self, grids: Mapping[int, tuple[int, int]]) -> tuple[str, float]:
+        """Mode and ratio of the step, as it comes to on these grids."""
+        return self.realised(*self.decided, grids[self.decider]) if self.decider in grids else self.decided
+
+    def realised(self, mode: str, ratio: float, grid: tuple[int, int]) -> tuple[str, float]:
+        """A plan, with the ratio that is left where the method snaps counts of tokens."""
+        return mode, self.method.snapped(grid, ratio) if mode == "reduce" else ratio
 
     def _prepare(self, info: StepInfo) -> None:
         """Let the method make what the plans need."""
@@ -331,15 +341,14 @@ class Driver:
             self._counts[key] = self._count(*size)
         total, computed, flops, dense = self._counts[key]
         return StepRecord(
-            info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma, *self.decided,
+            info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma,
+            *self.shown(self._grids(*size[:2])),
             total, computed, flops, dense, seconds,
         )  # fmt: skip
 
     def _count(self, height: int, width: int, batch: int, text: int) -> tuple[int, int, int, int]:
         """Tokens and FLOPs of the step: total and computed, reduced and dense."""
-        levels = self.layout.levels
-        grids = {v.index: g for v, g in zip(levels, self.backbone.grids(self.denoiser, height, width), strict=True)}
-        grids |= {level.index: level.grid for level in self.levels if level.grid is not None}
+        grids = self._grids(height, width)
         work = self.method.works(self.sites, grids)
         total = sum(grids[site.level.index][0] * grids[site.level.index][1] for site in self.sites)
         computed = total
@@ -350,6 +359,12 @@ class Driver:
         dense = self.flops.call(height, width, batch, text, grids)
         reduced = self.flops.call(height, width, batch, text, grids, work)
         return total, computed, reduced, dense
+
+    def _grids(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        """Of each level, for latents of this size."""
+        levels = self.layout.levels
+        grids = {v.index: g for v, g in zip(levels, self.backbone.grids(self.denoiser, height, width), strict=True)}
+        return grids | {level.index: level.grid for level in self.levels if level.grid is not None}
 
     def _token_map(self) -> np.ndarray | None:
         """uint8 [step, pass, level, h, w] on the largest level's grid, from the maps of the steps."""

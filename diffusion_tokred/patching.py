@@ -12,15 +12,17 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .backbones import BACKBONES, Backbone, Layout, backbone_of
+from .defaults import measured_families
 from .driver import RECORDS, REPORTS, Driver
 from .errors import ConfigError, UnsupportedError
 from .methods import METHODS, Method, MethodConfig, MethodInfo, make_config, make_method
+from .ruling import check_fit, settle
 from .runtime.site import OFFERS, Site
 from .runtime.stats import Report
-from .schedule.policy import Policy, as_policy
+from .schedule.policy import Policy
+from .schedule.stamp import PARTS
 
 _T = TypeVar("_T")
-_PARTS = ("unet", "transformer", "transformer_2", "prior")
 
 
 def patch(
@@ -40,9 +42,13 @@ def patch(
         target: a diffusers pipeline, or its denoiser (UNet, transformer). Changed in place, and returned. Pipelines
             that share the denoiser (`from_pipe`) share the patch.
         config: a method's config, such as `ToMeConfig(ratio=0.5)`; or
-        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config.
+        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config. Alone, it
+            means what was measured for this family of models, if there is that; else the method's defaults.
         policy: the ratio as a function of the noise level, instead of the config's constant one: a number, a `Policy`,
-            a list of points (u, ratio) or (u, ratio, mode), or a function of u.
+            a list of points (u, ratio) or (u, ratio, mode), or a function of u. Methods that merge or pack tokens have
+            at most three ratios in a run: see `Policy.shaped`. A `Policy` that says what method it is
+            for brings that method, with its options (those given here win); one for another method or another model is
+            refused, see `Policy.without_method` and `without_model`.
         seed: of the method's own random draws; no generator of torch is read or changed.
         record: "time" to measure each denoiser call (waits for the device), "tokens" to keep a map of what became of
             each token. Both go into `report`.
@@ -50,12 +56,12 @@ def patch(
             is refused at its first step, with what it needs. Default: no limit.
 
     Raises:
-        ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy.
+        ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy, one that was made
+            for something else.
         UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site.
             Nothing has been changed then.
     """
-    config = resolve(config, method, options)
-    rule = rule_of(config, policy)
+    config, rule = settle(config, method, options, policy, denoisers(target)[0])
     check_settings(seed, record)
     budget = bytes_of(cache_budget)
     drivers = [plan(denoiser, make_method(config), rule, seed, record, budget) for denoiser in denoisers(target)]
@@ -110,6 +116,7 @@ def methods() -> list[MethodInfo]:
             kinds_of(name),
             kind.paper,
             tuple(b for b in BACKBONES if not why_not(make_method(config_of(name)()), BACKBONES[b])),
+            measured_families(name),
         )
         for name, kind in METHODS.items()
     ]
@@ -159,41 +166,12 @@ def denoisers(target: Any) -> list[nn.Module]:
     if isinstance(target, nn.Module):
         found: list[Any] = [target]
     else:
-        found = [part for name in _PARTS if isinstance(part := getattr(target, name, None), nn.Module)]
+        found = [part for name in PARTS if isinstance(part := getattr(target, name, None), nn.Module)]
     if not found:
         raise UnsupportedError(
-            f"{type(target).__name__} is neither a denoiser nor a pipeline with one ({', '.join(_PARTS)})"
+            f"{type(target).__name__} is neither a denoiser nor a pipeline with one ({', '.join(PARTS)})"
         )
     return [getattr(module, "_orig_mod", module) for module in found]
-
-
-def resolve(config: MethodConfig | None, method: str | None, options: dict[str, Any]) -> MethodConfig:
-    """The config that `patch`'s arguments mean."""
-    if config is None:
-        if method is None:
-            raise ConfigError(f"which method? pass method= one of: {', '.join(METHODS)}, or a config")
-        return make_config(method, **options)
-    if not isinstance(config, MethodConfig):
-        raise ConfigError(
-            f"a config is an object such as ToMeConfig(ratio=0.5), got {config!r}; a name goes to method="
-        )
-    if method is not None and method != config.name:
-        raise ConfigError(f"method={method!r} contradicts the config, which is for {config.name!r}")
-    if options:
-        raise ConfigError(f"options beside a config: put {', '.join(options)} into the {type(config).__name__}")
-    return config
-
-
-def rule_of(config: MethodConfig, policy: Any) -> Policy:
-    """The policy to run by, its points checked against what the method can do."""
-    method = make_method(config)
-    rule = Policy.constant(config.share, config.asks) if policy is None else as_policy(policy)
-    asked = [(mode, ratio) for _, ratio, mode in rule.points]
-    if rule.function is not None:
-        asked += dict.fromkeys(rule.at(i / 100) for i in range(101))
-    for mode, ratio in asked:
-        method.allow(mode, ratio)
-    return rule
 
 
 def check_settings(seed: Any, record: Any) -> None:
@@ -233,6 +211,7 @@ def plan(
             "`with tokred.steps(pipe)`, or set back the processors that were there before"
         )
     verify(denoiser, layout, sites, method)
+    check_fit(policy, denoiser, sites, method)
     return Driver(denoiser, backbone, layout, sites, method, policy, seed, record, budget)
 
 

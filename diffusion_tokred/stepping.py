@@ -13,8 +13,9 @@ from .backbones import backbone_of
 from .driver import Driver
 from .errors import ConfigError, StateError, UnsupportedError
 from .methods import make_method
-from .patching import check_settings, denoisers, rule_of, verify, warn_of
+from .patching import check_settings, denoisers, verify, warn_of
 from .processors import PLACE, Place, ours, places
+from .ruling import check_fit, rule_of
 from .runtime.site import Site
 
 _T = TypeVar("_T")
@@ -126,6 +127,7 @@ def _plan(denoiser: nn.Module, modules: dict[str, Any], policy: Any, seed: int, 
         for site in sites:
             by_module[id(site.module)].use(site, method.apply)
         verify(denoiser, layout, sites, method)
+        check_fit(rule, denoiser, sites, method)
     except BaseException:
         for place in known.values():
             place.leave()

@@ -16,8 +16,10 @@ from ..runtime.site import OFFERS, Call, Level, Site
 from ..runtime.stack import StackCall
 from ..runtime.store import Clock
 from ..runtime.work import Work
+from ..schedule.shapes import COUNTS
 
 _VERSION = 1
+ALIGNED = 1024  # tokens from which on counts are snapped to `align`
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -92,13 +94,14 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A row of `methods()`."""
+    """A row of `methods()`. `measured`: the backbones for which its default settings were chosen by measuring."""
 
     name: str
     config: type[MethodConfig]
     sites: tuple[str, ...]
     paper: str
     backbones: tuple[str, ...]
+    measured: tuple[str, ...] = ()
 
 
 class Method:
@@ -116,6 +119,10 @@ class Method:
         unforeseen: what a dry run cannot know of it, a sentence.
         coordinate: what forecasts are functions of: "step" or "noise".
         whole: True if it acts at all kinds of site that a model has of its own, or not at all.
+        ratios: how many ratios other than 0 a policy may ask of a site in mode "reduce": each is a shape of its own for
+            compiled models and kernels. None: any number, as papers have them.
+        shares: what a policy's rules may not tell apart at a level, since its sites share a clock ("mode") or a choice
+            of tokens ("ratio"); "" if nothing.
     """
 
     name: ClassVar[str] = ""
@@ -130,6 +137,8 @@ class Method:
     watches_output: bool = False
     coordinate: str = "step"
     whole: ClassVar[bool] = False
+    ratios: ClassVar[int | None] = COUNTS
+    shares: str = ""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -178,6 +187,16 @@ class Method:
         self.check(ratio)
         if mode not in self.modes:
             raise ConfigError(f"{self.name} has no mode {mode!r}: its modes are {', '.join(self.modes)}")
+
+    def count(self, grid: tuple[int, int], ratio: float) -> int:
+        """Tokens left of a grid."""
+        return count(grid[0] * grid[1], ratio, getattr(self.config, "align", 1))
+
+    def snapped(self, grid: tuple[int, int], ratio: float) -> float:
+        """The ratio that is left where the count of tokens is snapped; else the ratio itself."""
+        n = grid[0] * grid[1]
+        m = self.count(grid, ratio)
+        return ratio if m == n - int(n * ratio) else 1 - m / n
 
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         """How many rows the site computes of one sample."""
@@ -234,21 +253,24 @@ class Method:
     def works(self, sites: Iterable[Site], grids: Mapping[int, tuple[int, int]]) -> dict[str, Work]:
         """What the sites compute, by name, as their plans say; without those that are dense.
 
-        The overhead comes with the site that decides: the first of its block, or, where decisions are kept in a level's
-        memory (`every`), the level's leader at the steps that renew them.
+        The overhead comes with the site that decides: the first of its block, and each with another ratio than the one
+        before; or, where decisions are kept in a level's memory (`every`), the level's leader at the steps that renew
+        them.
         """
         result: dict[str, Work] = {}
-        blocks: set[int] = set()
+        decided: dict[int, str] = {}  # the ratio that each block decided for last
         for site in sites:
             if site.plan.mode == "full":
                 continue
             grid, ratio = grids[site.level.index], site.plan.ratio
             result[site.name] = work = self.work(site, grid, ratio)
             result |= {inner.name: self.work(inner, grid, ratio) for inner in site.inner}
-            decides = site.leader and site.plan.refresh if self.every else site.block.index not in blocks
+            decides = (
+                site.leader and site.plan.refresh if self.every else decided.get(site.block.index) != site.plan.text
+            )
             if decides:
                 work.extra += self.overhead(site, grid, ratio)
-            blocks.add(site.block.index)
+            decided[site.block.index] = site.plan.text
         return result
 
     def prepare(self, site: Site) -> Any:
@@ -262,6 +284,20 @@ class Method:
         """Act at a site. Called inside the model, maybe under `torch.compile`: static shapes, no generator, no branch
         on data."""
         raise NotImplementedError
+
+
+def count(n: int, ratio: float, align: int) -> int:
+    """Tokens left of `n`: snapped down to a multiple of `align` in large pictures, but never to none.
+
+    Raises:
+        ConfigError: no multiple of `align` fits.
+    """
+    m = n - int(n * ratio)
+    if n < ALIGNED or m % align == 0:
+        return m
+    if align > n:
+        raise ConfigError(f"align={align}: there are only {n} tokens to count in multiples of it; use a smaller one")
+    return max(m // align, 1) * align
 
 
 METHODS: dict[str, type[Method]] = {}

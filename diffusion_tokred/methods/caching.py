@@ -7,7 +7,6 @@ A caching method is a *step policy* (`step`), a *selector* (`prepare`) and what 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,9 +20,7 @@ from ..runtime.stack import StackCall, StackSite
 from ..runtime.store import Clock, Slot
 from ..runtime.work import Work
 from ..tokens.select import rows_at, scatter_rows
-from .base import Method, MethodConfig, option
-
-ALIGNED = 1024  # tokens from which on counts are snapped to `align`
+from .base import Method, MethodConfig, count, option
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,7 @@ class CacheMethod(Method):
 
     keeps = True
     modes: tuple[str, ...] = ("full", "reuse")
+    shares = "mode"
     config: Any
 
     def check(self, ratio: float) -> None:
@@ -136,18 +134,19 @@ class TokenCache(ModuleCache):
     the kept keys and values of all. The other rows of what a module gives back are as they were."""
 
     modes: tuple[str, ...] = ("full", "reduce")
+    ratios = None
+    shares = "ratio"
 
     def needs(self, kind: str) -> frozenset[str]:
         return frozenset({"at", "cache"} if kind in ("attention", "parallel") else {"at"})
 
-    def count(self, n: int, ratio: float) -> int:
-        """Tokens computed of `n`."""
-        return count(n, ratio, getattr(self.config, "align", 1))
+    def count(self, grid: tuple[int, int], ratio: float) -> int:
+        """Tokens computed, exactly as many as published."""
+        return count(grid[0] * grid[1], ratio, 1)
 
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
-        n = grid[0] * grid[1]
-        m = self.count(n, ratio)
-        return Work(m, n if site.kind == "attention" else m, projected=m)
+        m = self.count(grid, ratio)
+        return Work(m, grid[0] * grid[1] if site.kind == "attention" else m, projected=m)
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
@@ -158,7 +157,7 @@ class TokenCache(ModuleCache):
 
     def prepare(self, site: Site) -> Any:
         assert site.level.grid is not None
-        return chosen(self.select(site, self.count(math.prod(site.level.grid), site.plan.ratio)))
+        return chosen(self.select(site, self.count(site.level.grid, site.plan.ratio)))
 
     def select(self, site: Site, m: int) -> Tensor:
         """As `StackCache.select`."""
@@ -213,16 +212,11 @@ class StackCache(CacheMethod):
     def needs(self, kind: str) -> frozenset[str]:
         return frozenset({"pack"})
 
-    def count(self, n: int, ratio: float) -> int:
-        """Tokens computed of `n`: snapped down to `align` in large pictures, but never to none."""
-        return count(n, ratio, getattr(self.config, "align", 1))
-
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
-        n = grid[0] * grid[1]
         if site.plan.mode in ("reuse", "forecast"):
             return Work(0, 0, text=False)
-        m = self.count(n, ratio)
-        return Work(m, n if site.kind == "attention" else m, projected=m)
+        m = self.count(grid, ratio)
+        return Work(m, grid[0] * grid[1] if site.kind == "attention" else m, projected=m)
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
@@ -240,8 +234,7 @@ class StackCache(CacheMethod):
             return None
         level = site.level
         assert level.grid is not None
-        n = math.prod(level.grid)
-        return chosen(self.select(site, self.count(n, site.plan.ratio)))
+        return chosen(self.select(site, self.count(level.grid, site.plan.ratio)))
 
     def select(self, site: Site, m: int) -> Tensor:
         """Which `m` tokens are computed, (B, m) int64, ascending; or (1, m) for all samples. At the root, eagerly."""
@@ -297,12 +290,6 @@ class StackCache(CacheMethod):
         slot.residual = residual
         slot.age = torch.zeros(residual.shape[:2], dtype=torch.int32, device=residual.device)
         slot.since = torch.zeros(residual.shape[:2], dtype=torch.float32, device=residual.device)
-
-
-def count(n: int, ratio: float, align: int) -> int:
-    """Tokens computed of `n`: snapped down to a multiple of `align` in large pictures, but never to none."""
-    m = n - int(n * ratio)
-    return m if n < ALIGNED or m % align == 0 else max(m // align, 1) * align
 
 
 def chosen(at: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class FaithfulToCa(ModuleCache):
 
     name, paper = ToCa.name, ToCa.paper
     modes = ("full", "reduce", "reuse")
+    ratios = None
     config: ToCaConfig
     _family = "default"
 
@@ -140,11 +141,17 @@ class FaithfulToCa(ModuleCache):
             return "reuse", 1.0
         return "reduce", 1 - share
 
+    def count(self, grid: tuple[int, int], ratio: float) -> int:
+        return _count(grid[0] * grid[1], ratio)
+
+    def snapped(self, grid: tuple[int, int], ratio: float) -> float:
+        return ratio
+
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         if site.plan.mode != "reduce":
             return super().work(site, grid, ratio)
         # Only the attention inside of a block is handed tokens at such a step.
-        return Work(_count(grid[0] * grid[1], ratio), attends=site.kind != "attention")
+        return Work(self.count(grid, ratio), attends=site.kind != "attention")
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
@@ -171,7 +178,7 @@ class FaithfulToCa(ModuleCache):
             return slot.out if call.site.kind == "attention" else super().apply(call)
         assert slot.age is not None
         since = slot.age + 1
-        at = top(self._scores(call, since), _count(math.prod(call.grid), call.plan.ratio))
+        at = top(self._scores(call, since), self.count(call.grid, call.plan.ratio))
         at = at[0] if len(at) == 1 else untie(at, call.level.halves)
         scatter_rows(since[..., None], at, since.new_zeros(len(since), at.shape[-1], 1))
         slot.age = since
