@@ -15,7 +15,7 @@ from .backbones.base import Backbone, default_of
 from .driver import Driver
 from .errors import ConfigError, UnsupportedError
 from .methods import MethodConfig, make_method
-from .patching import denoisers, plan, resolve, rule_of
+from .patching import denoisers, plan, resolve_auto, rule_of
 from .runtime.site import Site
 from .runtime.work import Work
 from .schedule.noise import noise_levels
@@ -188,7 +188,7 @@ def explain(
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
     """
-    config = resolve(config, method, options)
+    config, policy = resolve_auto(target, config, method, policy, options)
     rule = rule_of(config, policy)
     counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "num_frames": num_frames}
     for name, value in counts.items():

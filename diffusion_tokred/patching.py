@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .auto import AUTO, choose_auto
 from .backbones import BACKBONES, Backbone, Layout, backbone_of
 from .driver import RECORDS, REPORTS, Driver
 from .errors import ConfigError, UnsupportedError
@@ -40,7 +41,8 @@ def patch(
         target: a diffusers pipeline, or its denoiser (UNet, transformer). Changed in place, and returned. Pipelines
             that share the denoiser (`from_pipe`) share the patch.
         config: a method's config, such as `ToMeConfig(ratio=0.5)`; or
-        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config.
+        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config. "auto":
+            what `tune` found for this model on this machine, else a default for its kind.
         policy: the ratio as a function of the noise level, instead of the config's constant one: a number, a `Policy`,
             a list of points (u, ratio) or (u, ratio, mode), or a function of u.
         seed: of the method's own random draws; no generator of torch is read or changed.
@@ -51,10 +53,10 @@ def patch(
 
     Raises:
         ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy.
-        UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site.
-            Nothing has been changed then.
+        UnsupportedError: an unknown architecture, a combination that cannot work, options that match no site, or
+            nothing pays ("auto"). Nothing has been changed then.
     """
-    config = resolve(config, method, options)
+    config, policy = resolve_auto(target, config, method, policy, options)
     rule = rule_of(config, policy)
     check_settings(seed, record)
     budget = bytes_of(cache_budget)
@@ -182,6 +184,19 @@ def resolve(config: MethodConfig | None, method: str | None, options: dict[str, 
     if options:
         raise ConfigError(f"options beside a config: put {', '.join(options)} into the {type(config).__name__}")
     return config
+
+
+def resolve_auto(
+    target: Any, config: MethodConfig | None, method: str | None, policy: Any, options: dict[str, Any]
+) -> tuple[MethodConfig, Any]:
+    """`resolve`, and with `method="auto"` the policy too."""
+    if method != AUTO:
+        return resolve(config, method, options), policy
+    if given := [*(["config"] if config is not None else []), *(["policy"] if policy is not None else []), *options]:
+        raise ConfigError(f'method="auto" chooses everything itself: leave out {", ".join(given)}, or name a method')
+    denoiser = denoisers(target)[0]
+    layout = backbone_of(denoiser).layout(denoiser)
+    return choose_auto(target, denoiser, {site.kind for site in (*layout.pairs, *layout.sites)})
 
 
 def rule_of(config: MethodConfig, policy: Any) -> Policy:
