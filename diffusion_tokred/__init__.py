@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .explaining import Explanation, explain
     from .methods import (
         CATConfig,
+        ClusCaConfig,
         DeepCacheConfig,
         DuCaConfig,
         FirstBlockConfig,
@@ -41,6 +42,7 @@ from .version import __version__ as __version__
 __all__ = [
     "CATConfig",
     "Cell",
+    "ClusCaConfig",
     "ClusterPruneAttnProcessor",
     "ConfigError",
     "DeepCacheConfig",
@@ -86,6 +88,7 @@ _HOMES = {
     "explaining": ("Explanation", "explain"),
     "methods": (
         "CATConfig",
+        "ClusCaConfig",
         "DeepCacheConfig",
         "DuCaConfig",
         "FORAConfig",
@@ -101,6 +104,7 @@ _HOMES = {
     ),
     "patching": ("methods", "patch", "patched", "report", "unpatch"),
     "processors": (
+        "ClusCaConfig",
         "ClusterPruneAttnProcessor",
         "ToDoAttnProcessor",
         "ToMeAttnProcessor",
