@@ -81,7 +81,7 @@ def tune(
         from ..evaluation.models import steps_of, unread_of
         from ..tuning import tune as run
         from ..tuning.goal import budget_of, goal_of
-        from ..tuning.report import head, tables
+        from ..tuning.report import brief, head
         from ..tuning.tuner import EVALUATIONS, ROUNDS
 
         goal_of(target_speedup, max_lpips, min_psnr, Judges.find())  # what is wrong is said before anything is loaded
@@ -112,7 +112,7 @@ def tune(
         print(results.to_json(data), end="")
     for line in (*head(data), *found.notes):
         console.print(line, markup=False, soft_wrap=True)
-    table = tables(data)[0]
+    table = brief(data)
     print_table(console, table.head, table.rows)
     console.print(f"{out / 'policy.json'}\n{out / 'report.html'}", soft_wrap=True)
     if results.busy(data["env"]):

@@ -23,10 +23,11 @@ from ..evaluation.variants import Variant
 from ..measure.timing import Timing, synchronize
 from ..methods import make_method
 from ..patching import denoisers, patched, plan, report
+from ..runtime.stats import Report
 from ..schedule.policy import Policy
 from .costs import probed
 from .forms import Form, able, known
-from .steps import Steps
+from .steps import Rule, Steps
 
 TRAIN, HELD = "train", "held out"
 
@@ -108,11 +109,7 @@ class Bench:
             first = getattr(config, "warmup", 1) if form.caches else 0
             policy = Policy(points=steps.points(probed(len(steps.units), rules, first)))
         seconds, found = self._recorded(config, policy, "time")
-        lines: dict[int, list[Any]] = {}
-        for step in found.steps:  # several passes of a step are one
-            line = lines.setdefault(step.index, [step.mode, step.ratio, 0.0])
-            line[2] += step.seconds
-        return {"seconds": seconds, "steps": [lines[index] for index in sorted(lines)]}
+        return {"seconds": seconds, "steps": [[*rule, s] for rule, s in _did(found, policy)]}
 
     def draw(self, variant: Variant, part: str, place: int) -> dict[str, Any]:
         """Figures of a picture to the unpatched one, by metric (None: equal pictures have no PSNR), and `modes`: what
@@ -123,9 +120,9 @@ class Bench:
         device = self.pipe._execution_device
         figures = {name: float(value) for name, value in self.metrics(a.to(device), b.to(device)).items()}
         found = report(self.pipe) if variant.config is not None else None
-        modes = {step.index: [step.mode, step.ratio] for step in found.steps} if found is not None else {}
+        did = _did(found, variant.policy) if found is not None and variant.policy is not None else []
         return {name: value if math.isfinite(value) else None for name, value in figures.items()} | {
-            "modes": [modes[index] for index in sorted(modes)],
+            "modes": [list(rule) for rule, _ in did],
             "size": list(picture.size),
         }
 
@@ -173,6 +170,18 @@ class Bench:
         if not isinstance(picture, Image.Image):
             raise ConfigError("tune compares pictures: leave output_type out of the call")
         return picture.convert("RGB"), took
+
+
+def _did(found: Report, policy: Policy) -> list[tuple[Rule, float]]:
+    """What each step of a run did, and its seconds, those of all its passes. Ratios are those asked for: what a method
+    makes of them (counts are snapped) costs what it costs."""
+    lines: dict[int, tuple[Rule, float]] = {}
+    for step in found.steps:
+        mode, ratio = policy.at(step.u)
+        rule = (step.mode, ratio if step.mode == mode else step.ratio)
+        _, before = lines.get(step.index, (rule, 0.0))
+        lines[step.index] = rule, before + (step.seconds or 0.0)
+    return [lines[index] for index in sorted(lines)]
 
 
 def _neutral(denoiser: Any) -> Any:

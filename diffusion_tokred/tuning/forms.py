@@ -142,6 +142,7 @@ def known(kinds: Collection[str], levels: Sequence[int]) -> list[Form]:
     packed = _PACKED if stack else {"score": ("value", "key", "random")}
     found = [
         Form("taylorseer", "taylorseer", levers=_LAGRANGE),
+        Form("clusca", "clusca", levers=_LAGRANGE | {"weight": (0.0, 0.005, 0.02)}),
         Form("fora what=stack", "fora", {"what": "stack"}),
         Form("fora what=modules", "fora", {"what": "modules"}),
         *(Form(f"deepcache branch={b}", "deepcache", {"branch": b}, levers={"order": (0, 1)}) for b in (0, 1, 2)),

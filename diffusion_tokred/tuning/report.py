@@ -51,6 +51,15 @@ def tables(data: Data) -> list[Table]:
     return [_settings(data), _front(data), _costs(data), *_sensitivity(data)]
 
 
+def brief(data: Data) -> Table:
+    """The settings without what they are, for a terminal."""
+    whole = _settings(data)
+    metric = label(data["goal"]["metric"])
+    kept = [i for i, name in enumerate(whole.head) if i < 2 or name.startswith((metric, "chosen"))]
+    rows = tuple(tuple(row[i] for i in kept) for row in whole.rows)
+    return Table(whole.title, tuple(whole.head[i] for i in kept), rows)
+
+
 def _settings(data: Data) -> Table:
     metrics = list(dict.fromkeys(metric for one in data["entries"] for metric in one["paired"]))
     against = {one["against"]: one for one in data["verdicts"]}

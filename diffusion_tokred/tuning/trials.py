@@ -95,19 +95,20 @@ class Trials:
         """Figures of one picture."""
         if part == TRAIN:
             self.pictures += 1
-        return self.journal.do(
-            f"draw {part} {place} {self.key(candidate)}",
-            lambda: self.bench.draw(self.variant(candidate), part, place),
-        )
+        return self._drawn(f"draw {part} {place} {self.key(candidate)}", self.variant(candidate), part, place)
+
+    def _drawn(self, key: str, variant: Variant, part: str, place: int) -> dict[str, Any]:
+        # The unpatched picture counts once, when it is drawn first; not when a resumed search draws it again.
+        self.journal.do(f"unpatched {part} {place}", lambda: self.bench.unpatched(part, place) is not None)
+        if key not in self.journal.known:
+            self.bench.unpatched(part, place)
+        return self.journal.do(key, lambda: self.bench.draw(variant, part, place))
 
     def fewer(self, steps: int, part: str) -> list[dict[str, Any]]:
         """Figures of the unpatched pipeline's pictures with fewer steps."""
         variant = Variant(f"steps-{steps}", call={"num_inference_steps": steps}, anchor="steps")
-
-        def one(place: int) -> dict[str, Any]:
-            return self.journal.do(f"draw {part} {place} steps {steps}", lambda: self.bench.draw(variant, part, place))
-
-        return [one(place) for place in range(self.train if part == TRAIN else self.held)]
+        places = range(self.train if part == TRAIN else self.held)
+        return [self._drawn(f"draw {part} {place} steps {steps}", variant, part, place) for place in places]
 
     def held_out(self, candidate: Candidate) -> list[dict[str, Any]]:
         """Figures of its held-out pictures."""

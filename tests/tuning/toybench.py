@@ -89,6 +89,9 @@ class ToyBench:
         lines = [["full", 0.0, DENSE], [mode, 1.0, BETWEEN[form.method]]] * (STEPS // 2)
         return {"seconds": REST + sum(line[2] for line in lines), "steps": lines}
 
+    def unpatched(self, part: str, place: int) -> str:
+        return f"picture {place}"
+
     def draw(self, variant: Variant, part: str, place: int) -> dict[str, Any]:
         if self.stop is not None and self.drawn >= self.stop:
             raise KeyboardInterrupt
