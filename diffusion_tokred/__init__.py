@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .runtime.stats import Report, StepRecord
     from .schedule.policy import Policy
     from .stepping import steps
+    from .tuning import Tuned, tune
 
 from .version import __version__ as __version__
 
@@ -63,6 +64,7 @@ __all__ = [
     "ToMeAttnProcessor",
     "ToMeConfig",
     "TokenCacheAttnProcessor",
+    "Tuned",
     "UnsupportedError",
     "coverage",
     "explain",
@@ -73,6 +75,7 @@ __all__ = [
     "register_method",
     "report",
     "steps",
+    "tune",
     "unpatch",
     "zoo",
 ]
@@ -110,6 +113,7 @@ _HOMES = {
     "runtime.stats": ("Report", "StepRecord"),
     "schedule.policy": ("Policy",),
     "stepping": ("steps",),
+    "tuning": ("Tuned", "tune"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .auto import AUTO
 from .backbones.base import Backbone, default_of
 from .defaults import measured_default, origin
 from .driver import Driver
@@ -69,8 +70,8 @@ def explain(
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
     """
-    bare = config is None and policy is None and not options
-    config, rule = settle(config, method, options, policy, denoisers(target)[0])
+    bare = config is None and policy is None and not options and method != AUTO
+    config, rule = settle(config, method, options, policy, denoisers(target)[0], target)
     counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "num_frames": num_frames}
     for name, value in counts.items():
         if value is not None and value < 1:

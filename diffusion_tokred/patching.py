@@ -43,7 +43,8 @@ def patch(
             that share the denoiser (`from_pipe`) share the patch.
         config: a method's config, such as `ToMeConfig(ratio=0.5)`; or
         method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config. Alone, it
-            means what was measured for this family of models, if there is that; else the method's defaults.
+            means what was measured for this family of models, if there is that; else the method's defaults. "auto":
+            what `tune` found for this model on this machine, else a default for its kind.
         policy: the ratio as a function of the noise level, instead of the config's constant one: a number, a `Policy`,
             a list of points (u, ratio) or (u, ratio, mode), or a function of u. Methods that merge or pack tokens have
             at most three ratios in a run: see `Policy.shaped`. A `Policy` that says what method it is
@@ -58,10 +59,10 @@ def patch(
     Raises:
         ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy, one that was made
             for something else.
-        UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site.
-            Nothing has been changed then.
+        UnsupportedError: an unknown architecture, a combination that cannot work, options that match no site, or
+            nothing pays ("auto"). Nothing has been changed then.
     """
-    config, rule = settle(config, method, options, policy, denoisers(target)[0])
+    config, rule = settle(config, method, options, policy, denoisers(target)[0], target)
     check_settings(seed, record)
     budget = bytes_of(cache_budget)
     drivers = [plan(denoiser, make_method(config), rule, seed, record, budget) for denoiser in denoisers(target)]

@@ -63,7 +63,7 @@ class Clusters(CacheMethod):
         assert grid is not None
         noise = conditional(site, notes["output"])
         delta = change(noise, conditional(site, notes["origin"]))
-        k = min(c.clusters, m)
+        k: int = notes.setdefault("clusters", min(c.clusters, m))  # a policy may change m later
         first = "labels" not in notes
         if first:
             notes["labels"], _ = kmeans(features(noise - conditional(site, notes["origin"]), grid), k, c.iterations)
