@@ -14,7 +14,7 @@ from ..runtime.stack import StackCall
 from ..runtime.store import Slot
 from ..tokens.forecast import BASES, extrapolate, weights
 from .base import option, register_method
-from .caching import CacheConfig, CacheMethod, ModuleCache, StackCache
+from .caching import BLOCKS_HELP, CacheConfig, CacheMethod, ModuleCache, StackCache
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class TaylorSeerConfig(CacheConfig):
         "auto", "what is forecast: what all blocks add to a token together (the paper's lite form), or each module's "
         "output; auto is stack, and modules in UNets", choices=("auto", "stack", "modules"),
     )  # fmt: skip
+    blocks: tuple[int, ...] = option((), BLOCKS_HELP)
 
     mode_between = "forecast"
 
@@ -67,19 +68,22 @@ class Forecast(CacheMethod):
     def renew(self, slot: Slot, out: Out, gap: Tensor) -> None:
         """Keep what a full step computed."""
         c = self.config
+        slot.dtype = out.x.dtype
         if c.basis == "lagrange":
-            slot.factors = [out, *slot.factors[: c.order]]
+            slot.factors = [out.packed(self.store), *slot.factors[: c.order]]
             return
         found = [out]
         for before in slot.factors[: c.order]:
+            before = self.widened(before, slot.dtype)
             found.append(found[-1].combine(lambda new, old: (new - old) / gap.to(new.dtype), before))
-        slot.factors = found
+        slot.factors = [part.packed(self.store) for part in found]
 
     def forecast(self, call: Call | StackCall) -> Out:
         """What it would compute now."""
         gap = call.level.gap
         assert gap is not None
-        first, *others = call.slot.factors
+        slot = call.slot
+        first, *others = (self.widened(part, slot.dtype) for part in slot.factors)
         call.note(lambda: call.x.new_full(call.x.shape[:2], 3, dtype=torch.uint8))
         if not others:
             return first

@@ -17,11 +17,12 @@ from ..runtime.store import Clock
 from ..runtime.work import Work
 from ..schedule.intervals import is_full, toca_share
 from ..tokens import draw
+from ..tokens.regions import ranked
 from ..tokens.scores import bonus, entropy, normalise, norms, received
 from ..tokens.select import rows_at, scatter_rows, tie, top, untie
 from .base import option, register_method
-from .caching import CacheMethod, ModuleCache, StackCache, TokenConfig
-from .selectors import SELECTORS, age, ranked
+from .caching import BLOCKS_HELP, CHOICE, CacheMethod, ModuleCache, StackCache, TokenConfig, chosen
+from .selectors import SELECTORS, age
 
 SCORES = ("attention", "entropy", "value", "key", "random")
 
@@ -56,6 +57,7 @@ class ToCaConfig(TokenConfig):
         0.0, "what the best of each cell gets more (s4); the releases have 0.6 (DiT) and 0.4", low=0.0, high=10.0
     )
     cell: int = option(4, "side of such a cell, in tokens; the releases have 2 (DiT) and 4 (PixArt)", low=1, high=64)
+    blocks: tuple[int, ...] = option((), BLOCKS_HELP)
 
 
 @register_method("toca", ToCaConfig)
@@ -63,6 +65,7 @@ class ToCa(StackCache):
     """The packed form."""
 
     paper = "Accelerating Diffusion Transformers with Token-wise Feature Caching, arXiv 2410.05317"
+    heeds = CHOICE
     config: Any
 
     def on(self, kinds: Collection[str]) -> CacheMethod:
@@ -89,27 +92,32 @@ class ToCa(StackCache):
         c, level = self.config, site.level
         assert level.grid is not None
         scores = ranked(SELECTORS[c.select](site)) + c.age_weight * age(site) / c.interval
-        at = top(bonus(scores, level.grid, c.cell, c.bonus) if c.bonus else scores, m)
+        scores = bonus(scores, level.grid, c.cell, c.bonus) if c.bonus else scores
+        at = top(level.lift(scores), m)
         return at if len(at) == 1 else untie(at, level.halves)
 
 
 class FaithfulToCa(ModuleCache):
     """As published, module by module. Differences, all told: the two halves of a guidance pair share their rows in all
     models (the DiT release does not); depth is relative, for models of any depth; in joint attention the text stream's
-    own feed-forward is computed; FLUX's single blocks are reused whole."""
+    own feed-forward is computed; FLUX's single blocks are reused whole. Where tokens are protected, self-attention and
+    single blocks are computed for them, against kept keys and values."""
 
     name, paper = ToCa.name, ToCa.paper
+    heeds = CHOICE
     modes = ("full", "reduce", "reuse")
     config: ToCaConfig
     _family = "default"
 
     def begin(self, family: str, sites: Sequence[Site]) -> None:
+        super().begin(family, sites)
         c = self.config
         known = ("dit", "pixart", "flux")
         self._family = c.schedule if c.schedule != "auto" else family if family in known else "default"
         self._layers = {
             kind: 1 + max(s.block.index for s in sites if s.kind == kind) for kind in {s.kind for s in sites}
         }
+        self._tokenwise = {s.level.index for s in sites if s.kind in ("feed_forward", "cross_attention")}
         wanted = "cross_attention" if c.score == "entropy" else "attention"
         self._scorers = {s.block.index: s.name for s in sites if s.kind == wanted}
         if not self._scorers and c.score != "random":
@@ -121,7 +129,7 @@ class FaithfulToCa(ModuleCache):
         if kind in ("feed_forward", "cross_attention"):
             return frozenset({"at"})
         watches = kind == "attention" and self.config.score in ("attention", "value", "key")
-        return frozenset({"watch"} if watches else ())
+        return frozenset({"watch"} if watches else ()) | frozenset({"at", "cache"} if self.guarded else ())
 
     def is_full(self, clock: Clock, index: int, total: int | None) -> bool:
         family = self._family if total is not None else "default"
@@ -141,7 +149,9 @@ class FaithfulToCa(ModuleCache):
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         if site.plan.mode != "reduce":
             return super().work(site, grid, ratio)
-        return Work(_count(grid[0] * grid[1], ratio))
+        n = grid[0] * grid[1]
+        m = _count(n, ratio)
+        return Work(m, n, projected=m) if site.kind == "attention" else Work(m)
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
@@ -149,37 +159,59 @@ class FaithfulToCa(ModuleCache):
         marks = 4 * batch * grid[0] * grid[1] * (site.kind in ("feed_forward", "cross_attention"))
         if site.name in self._scorers.values() and self.config.score != "random":
             marks += 4 * batch * grid[0] * grid[1]
+        if self.guarded:
+            marks += sum(2 * batch * grid[0] * grid[1] * a.width * dtype.itemsize for a in _attentions(site))
         return super().stored(site, grid, ratio, batch, dtype, text) + marks
 
+    def prepare(self, site: Site) -> Tensor | None:
+        """For attention: the protected tokens, and the first others for which there is room."""
+        level = site.level
+        if level.guard is None or level.grid is None:
+            return None
+        at = top(level.guard.tokens.float(), _count(math.prod(level.grid), site.plan.ratio))
+        return chosen(at if len(at) == 1 else untie(at, level.halves))
+
     def apply(self, call: Call) -> Out:
-        slot, mode = call.slot, call.plan.mode
+        slot, mode, kind = call.slot, call.plan.mode, call.site.kind
+        whole = kind in ("attention", "parallel")
         if mode == "full":
             scored = self.config.score != "random" and self._scorers.get(call.block.index) == call.site.name
-            out = self._scored(call) if scored else call.compute()
-            slot.out = call.site.kept(call, out)
-            if call.site.kind in ("feed_forward", "cross_attention"):
+            watch = self._score(call) if scored else None
+            if whole and self.guarded:
+                return self.token_wise(call, watch, whole=True)
+            out = call.compute(watch=watch)
+            slot.out = self.pack(slot, call.site.kept(call, out))
+            if not whole:
                 slot.age = torch.zeros(call.x.shape[:2], dtype=torch.int32, device=call.x.device)
             return out
-        if mode == "reuse":  # what became of the tokens, the feed-forward says
-            return slot.out if call.site.kind == "attention" else super().apply(call)
+        if whole and call.level.index in self._tokenwise:  # which say what became of the tokens
+            return self.token_wise(call) if mode == "reduce" else self.given(call)
+        if mode == "reuse":
+            return super().apply(call)
+        if whole:
+            at = call.prepared
+            b, n = call.x.shape[:2]
+            call.note(lambda: call.x.new_full((b, n), 2, dtype=torch.uint8).scatter(1, at.expand(b, -1), 0))
+            return self.token_wise(call)
         assert slot.age is not None
         since = slot.age + 1
-        at = top(self._scores(call, since), _count(math.prod(call.grid), call.plan.ratio))
+        at = top(call.level.lift(self._scores(call, since)), _count(math.prod(call.grid), call.plan.ratio))
         at = at[0] if len(at) == 1 else untie(at, call.level.halves)
         scatter_rows(since[..., None], at, since.new_zeros(len(since), at.shape[-1], 1))
         slot.age = since
         call.note(lambda: torch.where(since == 0, 0, 2).to(torch.uint8))
-        slot.out = slot.out.renewed(at, call.compute(rows_at(call.x, at), at=at))
-        return slot.out
+        out = self.widened(slot.out, slot.dtype).renewed(at, call.compute(rows_at(call.x, at), at=at))
+        slot.out = out.packed(self.store)
+        return out
 
-    def _scored(self, call: Call) -> Out:
-        """Compute an attention, and keep the scores of its tokens."""
+    def _score(self, call: Call) -> Any:
+        """Keep the scores of an attention's tokens: now, or by what is returned, when the attention is watched."""
         c, slot = self.config, call.slot
         site: Any = call.site
         if c.score == "entropy":
             q, k, mask = site.queries(call)
             slot.score = entropy(q, k, mask) + 1
-            return call.compute()
+            return None
 
         def watch(q: Tensor, k: Tensor, v: Tensor) -> None:
             start, n = site.tap.start, call.x.shape[1]
@@ -188,7 +220,13 @@ class FaithfulToCa(ModuleCache):
             else:
                 slot.score = norms((k if c.score == "key" else v)[:, :, start : start + n])
 
-        return call.compute(watch=watch)
+        return watch
+
+    def count(self, n: int, ratio: float) -> int:
+        return _count(n, ratio)
+
+    def align_of(self, n: int) -> int:
+        return 1
 
     def _scores(self, call: Call, since: Tensor) -> Tensor:
         """(R, N): s1 or s2, with s3 and s4."""
@@ -204,6 +242,10 @@ class FaithfulToCa(ModuleCache):
             base = normalise(tie(score, halves))
         scores = base + c.age_weight * tie(since.float(), halves) / c.interval
         return bonus(scores, call.grid, c.cell, c.bonus) if c.bonus else scores
+
+
+def _attentions(site: Site) -> list[Site]:
+    return [part for part in (site, *site.inner) if part.kind == "attention"]
 
 
 def _count(n: int, ratio: float) -> int:

@@ -77,6 +77,7 @@ class Slot:
         score: (B, N), what a selection goes by.
         rate: (B, N), how much a token's residual changed in a step, when that was last seen.
         cache: keys and values.
+        dtype: of what was kept, before it was packed.
     """
 
     def __init__(self) -> None:
@@ -88,6 +89,7 @@ class Slot:
         self.score: Tensor | None = None
         self.rate: Tensor | None = None
         self.cache: Any = None
+        self.dtype: Any = None
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, each once."""

@@ -1,9 +1,9 @@
 """Floor 1: pure functions on tokens, shape (B, N, C), that know nothing but torch.
 
-Hash draws (`draws`), cells of the grid (`cells`), matching (`matching`), what it decided (`merge`), and
-downsampling (`downsample`); for methods that keep features: scores (`scores`), selection (`select`), clusters
-(`cluster`) and forecasts (`forecast`). Index vectors are int64, grids are row-major, shapes depend on Python numbers
-only, so everything traces into one graph, and nothing here reads or changes a random state.
+Hash draws (`draws`), cells of the grid (`cells`), matching (`matching`), what it decided (`merge`), downsampling
+(`downsample`), and regions of the picture (`regions`); for methods that keep features: scores (`scores`), selection
+(`select`), clusters (`cluster`) and forecasts (`forecast`). Index vectors are int64, grids are row-major, shapes depend
+on Python numbers only, so everything traces into one graph, and nothing here reads or changes a random state.
 """
 
 from .cells import compact, destinations, split
@@ -13,6 +13,7 @@ from .draws import draw, mix
 from .forecast import BASES, extrapolate, factors
 from .matching import match
 from .merge import Merge
+from .regions import lifted, mergeable, ranked, ratio_of, room, touched, weighed
 from .scores import bonus, change, deviation, entropy, normalise, norms, received
 from .select import rows_at, scatter_rows, tie, top, untie
 
@@ -33,19 +34,26 @@ __all__ = [
     "factors",
     "features",
     "kmeans",
+    "lifted",
     "match",
+    "mergeable",
     "mix",
     "normalise",
     "norms",
     "pool",
     "pooled_grid",
     "positions",
+    "ranked",
+    "ratio_of",
     "received",
+    "room",
     "rows_at",
     "scatter_rows",
     "split",
     "spread",
     "tie",
     "top",
+    "touched",
     "untie",
+    "weighed",
 ]
