@@ -81,7 +81,9 @@ def test_counts():
 def test_lifted():
     scores = torch.tensor([[3.0, 1.0, 2.0, 1.0]])
     assert ranked(scores).tolist() == [[0.75, 0, 0.5, 0.25]]  # of equal ones the first is below
-    assert lifted(scores, torch.tensor([[0.0, 1, 0, 0.5]])).tolist() == [[0.75, 1, 0.5, 0.75]]
+    assert lifted(scores, torch.tensor([[0.0, 1, 0, 0.5]])).tolist() == [
+        [0.75, 1.25, 0.5, 0.5]
+    ]  # the first is the higher
     protected = torch.tensor([[False, True, False, False], [True, False, False, False]])
     inf = float("inf")
     assert lifted(scores, None, protected).tolist() == [[3, inf, 2, 1], [inf, 1, 2, 1]]
