@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .explaining import Explanation, explain
     from .methods import (
         CATConfig,
+        ClusCaConfig,
         DeepCacheConfig,
         DuCaConfig,
         FirstBlockConfig,
@@ -40,6 +41,7 @@ from .version import __version__ as __version__
 __all__ = [
     "CATConfig",
     "Cell",
+    "ClusCaConfig",
     "ClusterPruneAttnProcessor",
     "ConfigError",
     "DeepCacheConfig",
@@ -84,6 +86,7 @@ _HOMES = {
     "explaining": ("Explanation", "explain"),
     "methods": (
         "CATConfig",
+        "ClusCaConfig",
         "DeepCacheConfig",
         "DuCaConfig",
         "FORAConfig",
@@ -99,6 +102,7 @@ _HOMES = {
     ),
     "patching": ("methods", "patch", "patched", "protect", "report", "unpatch"),
     "processors": (
+        "ClusCaConfig",
         "ClusterPruneAttnProcessor",
         "ToDoAttnProcessor",
         "ToMeAttnProcessor",

@@ -132,7 +132,7 @@ class ModuleCache(CacheMethod):
     whole = True
 
     def wants(self, site: Site) -> bool:
-        levels, blocks = getattr(self.config, "levels", ()), self.config.blocks
+        levels, blocks = (getattr(self.config, name, ()) for name in ("levels", "blocks"))
         here = (not levels or site.level.index in levels) and (not blocks or site.block.index in blocks)
         return site.kind in self.kinds and here
 

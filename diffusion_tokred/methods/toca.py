@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..runtime.rows import Out
+from ..runtime.rows import Attended, Cache, Out
 from ..runtime.site import Call, Site
 from ..runtime.store import Clock
 from ..runtime.work import Work
@@ -99,9 +99,10 @@ class ToCa(StackCache):
 
 class FaithfulToCa(ModuleCache):
     """As published, module by module. Differences, all told: the two halves of a guidance pair share their rows in all
-    models (the DiT release does not); depth is relative, for models of any depth; in joint attention the text stream's
-    own feed-forward is computed; FLUX's single blocks are reused whole. Where tokens are protected, self-attention and
-    single blocks are computed for them, against kept keys and values."""
+    models (the DiT release does not); depth is relative, for models of any depth; text is computed whole, and only what
+    it attends to is reused (the FLUX release chooses among its rows, too); FLUX's single blocks project the queries of
+    chosen tokens, which nobody needs, as their module does not come apart. Where tokens are protected, these are
+    computed in self-attention too, against kept keys and values."""
 
     name, paper = ToCa.name, ToCa.paper
     heeds = CHOICE
@@ -117,9 +118,10 @@ class FaithfulToCa(ModuleCache):
         self._layers = {
             kind: 1 + max(s.block.index for s in sites if s.kind == kind) for kind in {s.kind for s in sites}
         }
-        self._tokenwise = {s.level.index for s in sites if s.kind in ("feed_forward", "cross_attention")}
+        self._tokenwise = {s.level.index for s in sites if s.kind != "attention"}
         wanted = "cross_attention" if c.score == "entropy" else "attention"
-        self._scorers = {s.block.index: s.name for s in sites if s.kind == wanted}
+        scored = {wanted, "parallel"} - ({"parallel"} if c.score == "entropy" else set())
+        self._scorers = {s.block.index: s.name for s in sites if s.kind in scored}
         if not self._scorers and c.score != "random":
             raise UnsupportedError(f"toca: score={c.score!r} needs {wanted.replace('_', '-')}, and there is none here")
 
@@ -128,8 +130,11 @@ class FaithfulToCa(ModuleCache):
             return frozenset({"at", "queries"})
         if kind in ("feed_forward", "cross_attention"):
             return frozenset({"at"})
-        watches = kind == "attention" and self.config.score in ("attention", "value", "key")
-        return frozenset({"watch"} if watches else ()) | frozenset({"at", "cache"} if self.guarded else ())
+        watches = kind in ("attention", "parallel") and self.config.score in ("attention", "value", "key")
+        found = {"watch"} if watches else set()
+        return frozenset(
+            found | ({"at", "attended"} if kind == "parallel" else set()) | ({"at", "cache"} if self.guarded else set())
+        )
 
     def is_full(self, clock: Clock, index: int, total: int | None) -> bool:
         family = self._family if total is not None else "default"
@@ -142,7 +147,7 @@ class FaithfulToCa(ModuleCache):
         layer = min(site.block.index, layers - 1)
         family, place = (self._family, index) if total is not None else ("default", 0)
         share = toca_share(family, place, total or 1, layer, layers, site.kind, 1 - ratio)
-        if site.kind == "parallel" or share <= 0:
+        if share <= 0:
             return "reuse", 1.0
         return "reduce", 1 - share
 
@@ -151,16 +156,21 @@ class FaithfulToCa(ModuleCache):
             return super().work(site, grid, ratio)
         n = grid[0] * grid[1]
         m = _count(n, ratio)
-        return Work(m, n, projected=m) if site.kind == "attention" else Work(m)
+        if site.level.protected and site.kind == "attention":
+            return Work(m, n, projected=m)
+        # Only the attention inside of a block is handed tokens at such a step.
+        return Work(m, attends=site.kind != "attention")
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
     ) -> int:
-        marks = 4 * batch * grid[0] * grid[1] * (site.kind in ("feed_forward", "cross_attention"))
+        marks = 4 * batch * grid[0] * grid[1] * (site.kind != "attention")
         if site.name in self._scorers.values() and self.config.score != "random":
             marks += 4 * batch * grid[0] * grid[1]
-        if self.guarded:
-            marks += sum(2 * batch * grid[0] * grid[1] * a.width * dtype.itemsize for a in _attentions(site))
+        n = grid[0] * grid[1]
+        for attention in (part for part in (site, *site.inner) if part.kind == "attention"):
+            rows = 2 * n if site.level.protected else n + text if site.inner else 0
+            marks += batch * rows * attention.width * dtype.itemsize
         return super().stored(site, grid, ratio, batch, dtype, text) + marks
 
     def prepare(self, site: Site) -> Tensor | None:
@@ -173,24 +183,24 @@ class FaithfulToCa(ModuleCache):
 
     def apply(self, call: Call) -> Out:
         slot, mode, kind = call.slot, call.plan.mode, call.site.kind
-        whole = kind in ("attention", "parallel")
         if mode == "full":
             scored = self.config.score != "random" and self._scorers.get(call.block.index) == call.site.name
             watch = self._score(call) if scored else None
-            if whole and self.guarded:
+            if kind == "attention" and call.level.protected:
                 return self.token_wise(call, watch, whole=True)
-            out = call.compute(watch=watch)
+            if kind == "parallel":
+                slot.cache = Cache(dtype=self.store) if call.level.protected else Attended(self.store)
+            out = call.compute(kv=slot.cache, watch=watch)
             slot.out = self.pack(slot, call.site.kept(call, out))
-            if not whole:
+            if kind != "attention":
                 slot.age = torch.zeros(call.x.shape[:2], dtype=torch.int32, device=call.x.device)
             return out
-        if whole and call.level.index in self._tokenwise:  # which say what became of the tokens
+        if kind == "attention" and call.level.index in self._tokenwise:  # which say what became of the tokens
             return self.token_wise(call) if mode == "reduce" else self.given(call)
         if mode == "reuse":
             return super().apply(call)
-        if whole:
-            at = call.prepared
-            b, n = call.x.shape[:2]
+        if kind == "attention":
+            at, (b, n) = call.prepared, call.x.shape[:2]
             call.note(lambda: call.x.new_full((b, n), 2, dtype=torch.uint8).scatter(1, at.expand(b, -1), 0))
             return self.token_wise(call)
         assert slot.age is not None
@@ -200,9 +210,14 @@ class FaithfulToCa(ModuleCache):
         scatter_rows(since[..., None], at, since.new_zeros(len(since), at.shape[-1], 1))
         slot.age = since
         call.note(lambda: torch.where(since == 0, 0, 2).to(torch.uint8))
-        out = self.widened(slot.out, slot.dtype).renewed(at, call.compute(rows_at(call.x, at), at=at))
-        slot.out = out.packed(self.store)
-        return out
+        if slot.cache is not None:
+            slot.cache.at = at
+        out = call.compute(rows_at(call.x, at), at=at, kv=slot.cache)
+        if slot.cache is not None:
+            slot.cache.at = None  # of this step, not to be kept
+        given = self.given(call).renewed(at, out)
+        slot.out = self.pack(slot, call.site.kept(call, given))
+        return given
 
     def _score(self, call: Call) -> Any:
         """Keep the scores of an attention's tokens: now, or by what is returned, when the attention is watched."""
@@ -214,7 +229,7 @@ class FaithfulToCa(ModuleCache):
             return None
 
         def watch(q: Tensor, k: Tensor, v: Tensor) -> None:
-            start, n = site.tap.start, call.x.shape[1]
+            start, n = (site.inner[0] if site.inner else site).tap.start, call.x.shape[1]
             if c.score == "attention":
                 slot.score = received(q, k)[:, start : start + n]
             else:
@@ -242,10 +257,6 @@ class FaithfulToCa(ModuleCache):
             base = normalise(tie(score, halves))
         scores = base + c.age_weight * tie(since.float(), halves) / c.interval
         return bonus(scores, call.grid, c.cell, c.bonus) if c.bonus else scores
-
-
-def _attentions(site: Site) -> list[Site]:
-    return [part for part in (site, *site.inner) if part.kind == "attention"]
 
 
 def _count(n: int, ratio: float) -> int:

@@ -96,6 +96,8 @@ class Regions:
                     guard.key = (*key, self.version)
                 else:
                     level.guard = Guard(host, (*key, self.version), device)
+            assert level.guard is not None
+            level.protected = level.guard.most() > 0
         if self.weighs and (callable(self.importance) or level.weighed != key):
             found = self.importance
             if callable(found):

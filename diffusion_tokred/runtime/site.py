@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..tokens import lifted
 from .ledger import Wrapper
-from .rows import KV, Cache, Out
+from .rows import KV, Attended, Cache, Out
 from .store import Memory, Slot
 from .work import Weights
 
@@ -28,6 +28,7 @@ OFFERS = {
     "kv": "attention with keys and values from any linear reduction of the tokens",
     "kv_select": "attention with keys and values from chosen tokens",
     "cache": "attention whose keys and values of other tokens are kept from earlier steps",
+    "attended": "run on tokens at chosen places, with what attention returned for them kept from earlier steps",
     "watch": "see the queries, keys and values as the attention does",
     "queries": "see the queries and the prompt's keys",
     "pack": "run all blocks on chosen tokens, with the others' keys and values kept",
@@ -76,8 +77,8 @@ class Level:
         status: (B, N) uint8, what became of each token, when the run records it.
         running: False outside of the denoiser's calls, where another model may call modules that it shares with it.
         at: (M,) or (B, M) int64, which of the tokens are under way, while a stack runs on some of them; else None.
-        guard: the protected tokens, if any are (`runtime.regions`); weights: (1 or pictures, N) float32, how much each
-            token matters to the user, or None.
+        guard: the protected tokens (`runtime.regions`), or None; protected: whether there are any in this run.
+        weights: (1 or pictures, N) float32, how much each token matters to the user, or None.
         gap, pace: 0-d float32, for methods that keep something: how far it is from the last full step of this pass,
             and from its last step, in steps or in noise level (`Method.coordinate`).
     """
@@ -93,6 +94,7 @@ class Level:
         self.halves = 1
         self.key: Tensor | None = None
         self.guard: Any = None
+        self.protected = False
         self.weights: Tensor | None = None
         self.weighed: Any = None  # of what the weights were made
         self.memory = Memory()
@@ -202,7 +204,7 @@ class Site:
         """The sequence among a call's arguments, (B, S, C)."""
         return args[0] if args else kwargs[self.argument]
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         """Call the module itself on `x`."""
         raise NotImplementedError
 
@@ -316,7 +318,7 @@ class Call:
         self,
         x: Tensor | None = None,
         at: Tensor | None = None,
-        kv: KV | Cache | None = None,
+        kv: KV | Cache | Attended | None = None,
         watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     ) -> Out:
         """Run the module.
@@ -324,7 +326,7 @@ class Call:
         Args:
             x: (B, M, C) tokens to run it on; the call's own when None.
             at: (M,) or (B, M) int64, where each row of `x` sits: rotary rows, per-token modulation and masks follow.
-            kv: where keys and values come from, when not from `x`.
+            kv: where keys and values come from, when not from `x`; or what attention returned, for a whole block.
             watch: sees (q, k, v) as the attention does, and changes nothing.
         """
         return self.site.run(self, self.x if x is None else x, at, kv, watch)

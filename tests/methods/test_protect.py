@@ -122,7 +122,7 @@ def test_methods_that_choose_no_tokens_are_refused(name, word):
 
 
 def test_refusals_of_the_other_methods():
-    for method, pipe in (("deepcache", tiny.sd()), ("firstblock", tiny.sd3())):
+    for method, pipe in (("deepcache", tiny.sd()), ("firstblock", tiny.sd3()), ("clusca", tiny.sd3())):
         with pytest.raises(tokred.UnsupportedError, match="cannot heed protect="):
             tokred.patch(pipe, method=method, protect=masks())
     with pytest.raises(tokred.UnsupportedError, match=r"todo cannot heed importance=: .*by their place"):

@@ -67,6 +67,8 @@ def test_results_are_within_the_type_s_precision(name, store):
     more = {"firstblock": FIRST, "deepcache": DEEP}.get(name) or options(name)
     if name in ("toca", "duca", "toca-faithful"):  # the choice of tokens shall not turn on a rounding
         more |= dict(select="random") if name != "toca-faithful" else dict(score="random")
+    if name == "clusca":
+        more |= dict(clusters=1)
     want = run(tokred.patch(PIPES[kind](), **more), steps=4)
     found = run(tokred.patch(PIPES[kind](), **more, store_dtype=store), steps=4)
     assert found.dtype == torch.float32
@@ -115,7 +117,7 @@ def test_budget_names_what_keeps_less():
     run(patched("sd3", "fora", cache_budget=told.cache_bytes, store_dtype="float16"))
 
 
-MODULES = ("fora", "taylorseer-modules", "toca-faithful", "cat-faithful")
+MODULES = ("fora", "taylorseer-modules", "toca-faithful", "cat-faithful", "clusca")
 
 
 def linear_rows(pipe):
