@@ -13,6 +13,7 @@ from tests.compat.test_compile import graphs, whole
 from tests.contract.helpers import PIPES, run, same
 from tests.methods.caches import CACHES, cast, driver, modes, options, patched
 
+SLOW = pytest.mark.slow
 LONGER = dict(warmup=2, interval=3)
 HALF = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # relative error of one rounding
 DEEP = dict(method="deepcache", warmup=1, interval=2, min_steps=0)
@@ -38,7 +39,9 @@ def held(pipe, steps=3, **more):
     return found[-1]
 
 
-@pytest.mark.parametrize("store, dtype", [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize(
+    "store, dtype", [("bfloat16", torch.bfloat16), pytest.param("float32", torch.float32, marks=SLOW)]
+)
 @pytest.mark.parametrize("name", [*CACHES, "firstblock", "deepcache"])
 def test_bytes_are_those_that_are_told(name, store, dtype):
     """A float32 model that keeps bfloat16, and a bfloat16 model that keeps float32."""
@@ -59,7 +62,7 @@ def test_bytes_are_those_that_are_told(name, store, dtype):
     assert (told[store] < told["auto"]) == (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("store", ["float16", "bfloat16"])
+@pytest.mark.parametrize("store", ["float16", pytest.param("bfloat16", marks=SLOW)])
 @pytest.mark.parametrize("name", [*CACHES, "firstblock", "deepcache"])
 def test_results_are_within_the_type_s_precision(name, store):
     """Near the same run that keeps float32, in proportion to the rounding, and not the same."""
@@ -168,7 +171,7 @@ def test_all_blocks_as_one_cannot_leave_some_out(name):
         patched("sd3", name, blocks=(0,))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("name", ["toca", "cat-faithful"])
 def test_compiled(name, dynamo):
     pipe = patched("sd3", name, store_dtype="bfloat16")
