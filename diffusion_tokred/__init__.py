@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ToMeConfig,
         register_method,
     )
-    from .patching import methods, patch, patched, report, unpatch
+    from .patching import methods, patch, patched, protect, report, unpatch
     from .processors import ClusterPruneAttnProcessor, ToDoAttnProcessor, TokenCacheAttnProcessor, ToMeAttnProcessor
     from .runtime.stats import Report, StepRecord
     from .schedule.policy import Policy
@@ -71,6 +71,7 @@ __all__ = [
     "methods",
     "patch",
     "patched",
+    "protect",
     "register_backbone",
     "register_method",
     "report",
@@ -102,7 +103,7 @@ _HOMES = {
         "ToMeConfig",
         "register_method",
     ),
-    "patching": ("methods", "patch", "patched", "report", "unpatch"),
+    "patching": ("methods", "patch", "patched", "protect", "report", "unpatch"),
     "processors": (
         "ClusCaConfig",
         "ClusterPruneAttnProcessor",

@@ -22,6 +22,7 @@ from .measure.roofline import Calibration, calibration
 from .methods import MethodConfig, make_method
 from .patching import denoisers, plan
 from .ruling import settle
+from .runtime.regions import Regions
 from .runtime.site import Site
 from .runtime.work import Work
 from .schedule.noise import noise_levels
@@ -48,12 +49,13 @@ def explain(
     text_tokens: int | None = None,
     num_frames: int | None = None,
     time: bool | Calibration = False,
+    protect: Any = None,
     **options: Any,
 ) -> Explanation:
     """Say what `patch` with these arguments would do, and what it would save. Runs nothing and changes nothing.
 
     Args:
-        target, config, method, policy, options: as in `patch`.
+        target, config, method, policy, protect, options: as in `patch`.
         height, width: in pixels for a pipeline, of the latents for a denoiser; default: the pipeline's own, or the
             denoiser's native size.
         num_inference_steps: count a run of so many steps, planned with a copy of the pipeline's scheduler; else one
@@ -77,10 +79,12 @@ def explain(
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     denoiser: Any = denoisers(target)[0]
-    driver = plan(denoiser, make_method(config), rule, 0, None)
+    regions = Regions(protect)
+    driver = plan(denoiser, make_method(config), rule, 0, None, None, regions)
     backbone = driver.backbone
     h, w = _latent_size(target, denoiser, backbone, height, width)
-    h *= backbone.frames(target, num_frames)  # a video is its frames, one below another
+    frames = backbone.frames(target, num_frames)
+    h *= frames  # a video is its frames, one below another
     text = backbone.prompt(denoiser, target) if text_tokens is None else text_tokens
     if guidance is None:
         guidance = backbone.guided(denoiser, target)
@@ -88,6 +92,9 @@ def explain(
     grids = {v.index: g for v, g in zip(levels, backbone.grids(denoiser, h, w), strict=True)}
     if time is True:
         time = calibration(denoiser.device, dtype or denoiser.dtype)
+    for level in driver.levels:
+        level.grid = grids[level.index]
+        regions.arrive(level, batch_size, frames, torch.device("cpu"))
     count = _Count(
         driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype, time or None
     )
@@ -121,6 +128,7 @@ class _Count:
         self.bytes = 0
         self.steps: list[StepLine] = []
         self.seconds = dict.fromkeys(self.dense, 0.0)
+        self.grown: list[str] = []  # what is done for protected tokens
         self.works: dict[str, Work] = {}  # at the step with the largest ratio
         self.groups = _groups(driver)
 
@@ -132,6 +140,8 @@ class _Count:
             for level in driver.levels:
                 level.memory.clock.turn(index - 1, "full")
         driver.decide(index, total, u)
+        if driver.spared and driver.growth() not in self.grown:
+            self.grown.append(driver.growth())
         active = [site for site in driver.sites if site.plan.mode != "full"]
         fresh = [site for site in active if site.leader and site.plan.refresh]
         for site in fresh:
@@ -148,9 +158,9 @@ class _Count:
             self.seconds[kind] += part
         self.touched += sum(self.flops(part) for site in active for part in (site, *site.inner))
         self.touched += self.dense["rest"] - counted["rest"]  # what lies between the sites and is left out with them
-        batch = self.size[2]
+        batch, dtype = self.size[2], method.store or self.dtype
         stored = [
-            method.stored(site, self.grids[site.level.index], site.plan.ratio, batch, self.dtype, self.size[3])
+            method.stored(site, self.grids[site.level.index], site.plan.ratio, batch, dtype, self.size[3])
             for site in (driver.sites if driver.keeping(total) else active)
         ]
         self.bytes = max(self.bytes, sum(stored))
@@ -262,6 +272,11 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
         return [f"nothing is reduced: the ratio is 0 at {'every step' if num_inference_steps else 'every noise level'}"]
     if driver.method.unforeseen:
         found.append(driver.method.unforeseen)
+    for level in driver.levels:
+        if level.guard is not None:
+            tokens = math.prod(count.grids[level.index])
+            found.append(f"protect: up to {level.guard.most()} of {tokens} tokens of a picture at level {level.index}")
+    found += count.grown
     if not rule.is_constant and num_inference_steps is None:
         found.append(
             "the policy changes with the noise level: this is one call at its largest ratio; for the whole run give "
