@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -117,7 +118,8 @@ class Memory:
         value: a slot for the level. `index` and `text` say at which step, and at which ratio, it was made.
         prepared: what `Method.prepare` made, by ratio; `scratch`: what sites derive from it.
         slots: by site. clock: see `Clock`.
-        notes: what a method makes of the denoiser's outputs; need: bytes that the slots will come to.
+        notes: what a method makes of the denoiser's outputs; words: the prompt's embeddings, or class labels.
+        need: bytes that the slots will come to.
     """
 
     def __init__(self) -> None:
@@ -129,7 +131,14 @@ class Memory:
         self.slots: dict[str, Slot] = {}
         self.clock = Clock()
         self.notes: dict[str, Any] = {}
+        self.words: Any = None
         self.need = 0
+
+    def serves(self, words: Any) -> bool:
+        """Whether what is kept is good for a call with this prompt: it is the same one, or there is none to tell."""
+        if words is self.words or not isinstance(words, Tensor) or not isinstance(self.words, Tensor):
+            return words is self.words or not isinstance(words, Tensor)
+        return words.shape == self.words.shape and torch.equal(words, self.words)
 
     @property
     def nbytes(self) -> int:
