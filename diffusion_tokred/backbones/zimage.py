@@ -60,12 +60,18 @@ class _Padded(Weights):
 class ZImageRefinerAttention(ZImageAttention):
     """`attention` of a noise refiner: the picture and its padding."""
 
+    def beside(self, text: int) -> int:
+        return text % _MULTIPLE
+
     def weights(self) -> Weights:
         return _Padded(super().weights())
 
 
 class ZImageRefinerFeedForward(ZImageFeedForward):
     """`feed_forward` of a noise refiner."""
+
+    def beside(self, text: int) -> int:
+        return text % _MULTIPLE
 
     def weights(self) -> Weights:
         return _Padded(super().weights())

@@ -157,7 +157,7 @@ class ModuleCache(CacheMethod):
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
     ) -> int:
-        n = grid[0] * grid[1] + (text if site.gives_text else 0)
+        n = grid[0] * grid[1] + site.beside(text)
         return batch * n * site.width * dtype.itemsize
 
     def apply(self, call: Call) -> Out:

@@ -118,8 +118,8 @@ class Out:
         return out
 
     def image(self) -> Out:
-        """The image tokens alone, with what has a row for each of them."""
-        out = Out(self.x)
+        """The image tokens alone, with what has a row for each of them; no view, which keeps the whole sequence."""
+        out = Out(self.x if self.head is self.tail is None else self.x.clone())
         out.beside = [other.image() for other in self.beside]
         return out
 

@@ -193,6 +193,10 @@ class Site:
     def gives_text(self) -> bool:
         return self.joint
 
+    def beside(self, text: int) -> int:
+        """Of `text` rows beside the image's, those that what comes out has."""
+        return text if self.gives_text else 0
+
     @property
     def width(self) -> int:
         return self.block.width

@@ -8,7 +8,7 @@ import torch
 import diffusion_tokred as tokred
 from diffusion_tokred.methods.fora import FORA
 from diffusion_tokred.runtime.rows import Cache, packed
-from diffusion_tokred.testing import tiny
+from diffusion_tokred.testing import families, tiny
 from tests.compat.test_compile import graphs, whole
 from tests.contract.helpers import PIPES, run, same
 from tests.methods.caches import CACHES, cast, driver, modes, options, patched
@@ -60,6 +60,15 @@ def test_bytes_are_those_that_are_told(name, store, dtype):
     assert 0 < told[store] <= nbytes <= told[store] + stand_ins
     assert dtype in types and types <= {dtype, torch.float32}  # scores and clocks are float32 always
     assert (told[store] < told["auto"]) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind, name", [("zimage", "fora"), ("zimage", "cat-faithful"), ("auraflow", "cat-faithful")])
+def test_bytes_where_text_and_picture_are_one_sequence(kind, name):
+    """Of its text nothing is kept by accident; Z-Image's first blocks see none."""
+    made = families.BUILDERS[kind]
+    size = dict(text_tokens=7, height=32, width=32)
+    told = tokred.explain(made(), **options(name), num_inference_steps=2, batch_size=2, **size)
+    assert held(tokred.patch(made(), **options(name)), steps=2)[0] == told.cache_bytes
 
 
 @pytest.mark.parametrize("store", ["float16", pytest.param("bfloat16", marks=SLOW)])
