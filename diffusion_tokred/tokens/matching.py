@@ -7,11 +7,20 @@ from torch import Tensor
 
 from .kernels import nearest, on
 from .merge import Merge
+from .regions import ranked
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge:
+def match(
+    x: Tensor,
+    dst: Tensor,
+    src: Tensor,
+    r: int,
+    halves: int = 1,
+    weights: Tensor | None = None,
+    protected: Tensor | None = None,
+) -> Merge:
     """Merge the `r` sources that are most like a destination, each into its best one (ToMe, arXiv 2210.09461).
 
     Similarity is the cosine, in float32 at least. A token of zero norm has similarity 0 to all. Equal similarities
@@ -24,6 +33,10 @@ def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge
         r: number of sources merged, in [0, S]; M = N - r tokens remain.
         halves: the batch is this many equal parts, such as [uncond; cond], that share one matching: the similarity of
             two tokens is the mean of it over the parts. Sample i of each part gets the same indices.
+        weights: (1 or B / halves, N); with these the sources merged are not the most similar ones, but those with the
+            largest `ranked(similarity) - weight`.
+        protected: (1 or B / halves, N) bool, tokens that are neither merged nor merged into. There must be `r` sources
+            without them, and a destination (`tokens.regions.mergeable`).
 
     Returns:
         A `Merge` of B rows.
@@ -41,15 +54,20 @@ def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge
         raise ValueError(f"a batch of {b} does not have {halves} equal parts")
     if x.dtype in _HALF and (halves > 1 or not on(x)):  # the kernel sums half types in float32 itself
         x = x.float()
+    closed = None if protected is None else protected[:, dst]
     scale = _inverse_norm(x)
     if halves == 1:
         # A source's own norm does not change which destination is best: scale S scores, not S x C values.
-        score, best = nearest(x, dst, src, scale)
+        score, best = nearest(x, dst, src, scale, closed)
         score = score * scale[:, src, 0]
     else:
         # The mean of cosines is, up to a factor, the dot product of the unit tokens of all parts laid end to end.
         x = (x * scale).view(halves, b // halves, n, c).permute(1, 2, 0, 3).reshape(b // halves, n, halves * c)
-        score, best = nearest(x, dst, src)
+        score, best = nearest(x, dst, src, None, closed)
+    if weights is not None:
+        score = ranked(score) - weights[:, src]
+    if protected is not None:
+        score = score.masked_fill(protected[:, src], float("-inf"))
     top = score.topk(r, dim=-1, sorted=False).indices
     representative = torch.arange(n, device=x.device).repeat(b // halves, 1)
     representative.scatter_(1, src[top], dst[best.gather(1, top)])
