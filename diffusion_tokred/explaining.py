@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from .auto import AUTO
 from .backbones.base import Backbone, default_of
 from .defaults import measured_default, origin
 from .driver import Driver
 from .errors import ConfigError, UnsupportedError
 from .explanation import Explanation, LevelLine, SiteLine, StepLine
+from .measure.operations import operations
+from .measure.prediction import Prediction, seconds
+from .measure.roofline import Calibration, calibration
 from .methods import MethodConfig, make_method
 from .patching import denoisers, plan
 from .ruling import settle
+from .runtime.regions import Regions
 from .runtime.site import Site
 from .runtime.work import Work
 from .schedule.noise import noise_levels
@@ -43,12 +48,14 @@ def explain(
     dtype: torch.dtype | None = None,
     text_tokens: int | None = None,
     num_frames: int | None = None,
+    time: bool | Calibration = False,
+    protect: Any = None,
     **options: Any,
 ) -> Explanation:
     """Say what `patch` with these arguments would do, and what it would save. Runs nothing and changes nothing.
 
     Args:
-        target, config, method, policy, options: as in `patch`.
+        target, config, method, policy, protect, options: as in `patch`.
         height, width: in pixels for a pipeline, of the latents for a denoiser; default: the pipeline's own, or the
             denoiser's native size.
         num_inference_steps: count a run of so many steps, planned with a copy of the pipeline's scheduler; else one
@@ -59,27 +66,38 @@ def explain(
         dtype: of what is kept from step to step; default: the denoiser's.
         text_tokens: of a prompt, without rows that the model adds; default: what the pipeline pads its prompts to.
         num_frames: of a video, of its latents for a denoiser; default: the pipeline's own.
+        time: predict the time too, on the denoiser's device: by a calibration of it, which takes up to a minute the
+            first time and is kept in the user's cache folder; or by the one given.
 
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
     """
-    bare = config is None and policy is None and not options
-    config, rule = settle(config, method, options, policy, denoisers(target)[0])
+    bare = config is None and policy is None and not options and method != AUTO
+    config, rule = settle(config, method, options, policy, denoisers(target)[0], target)
     counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "num_frames": num_frames}
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     denoiser: Any = denoisers(target)[0]
-    driver = plan(denoiser, make_method(config), rule, 0, None)
+    regions = Regions(protect)
+    driver = plan(denoiser, make_method(config), rule, 0, None, None, regions)
     backbone = driver.backbone
     h, w = _latent_size(target, denoiser, backbone, height, width)
-    h *= backbone.frames(target, num_frames)  # a video is its frames, one below another
+    frames = backbone.frames(target, num_frames)
+    h *= frames  # a video is its frames, one below another
     text = backbone.prompt(denoiser, target) if text_tokens is None else text_tokens
     if guidance is None:
         guidance = backbone.guided(denoiser, target)
     levels = driver.layout.levels
     grids = {v.index: g for v, g in zip(levels, backbone.grids(denoiser, h, w), strict=True)}
-    count = _Count(driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype)
+    if time is True:
+        time = calibration(denoiser.device, dtype or denoiser.dtype)
+    for level in driver.levels:
+        level.grid = grids[level.index]
+        regions.arrive(level, batch_size, frames, torch.device("cpu"))
+    count = _Count(
+        driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype, time or None
+    )
     if num_inference_steps is None:
         noise = [_strongest(rule)]
     else:
@@ -99,9 +117,9 @@ class _Count:
 
     def __init__(
         self, driver: Driver, height: int, width: int, batch: int, text: int, grids: dict[int, tuple[int, int]],
-        dtype: torch.dtype,
+        dtype: torch.dtype, calibration: Calibration | None = None,
     ) -> None:  # fmt: skip
-        self.driver, self.grids, self.dtype = driver, grids, dtype
+        self.driver, self.grids, self.dtype, self.calibration = driver, grids, dtype, calibration
         self.text = text
         self.size = (height, width, batch, driver.backbone.beside(driver.denoiser, text, height, width), grids)
         self.dense = driver.flops.parts(*self.size)
@@ -109,6 +127,8 @@ class _Count:
         self.touched = 0  # FLOPs of the dense steps at the sites that are reduced
         self.bytes = 0
         self.steps: list[StepLine] = []
+        self.seconds = dict.fromkeys(self.dense, 0.0)
+        self.grown: list[str] = []  # what is done for protected tokens
         self.works: dict[str, Work] = {}  # at the step with the largest ratio
         self.groups = _groups(driver)
 
@@ -120,6 +140,8 @@ class _Count:
             for level in driver.levels:
                 level.memory.clock.turn(index - 1, "full")
         driver.decide(index, total, u)
+        if driver.spared and driver.growth() not in self.grown:
+            self.grown.append(driver.growth())
         active = [site for site in driver.sites if site.plan.mode != "full"]
         fresh = [site for site in active if site.leader and site.plan.refresh]
         for site in fresh:
@@ -132,11 +154,13 @@ class _Count:
             raise ConfigError(f"{method.name} at latents of {self.size[0]}x{self.size[1]}: {error}") from error
         counted = driver.flops.parts(*self.size, works)
         self.reduced = {kind: n + counted[kind] for kind, n in self.reduced.items()}
+        for kind, part in self.predicted(works).items():
+            self.seconds[kind] += part
         self.touched += sum(self.flops(part) for site in active for part in (site, *site.inner))
         self.touched += self.dense["rest"] - counted["rest"]  # what lies between the sites and is left out with them
-        batch = self.size[2]
+        batch, dtype = self.size[2], method.store or self.dtype
         stored = [
-            method.stored(site, self.grids[site.level.index], site.plan.ratio, batch, self.dtype, self.size[3])
+            method.stored(site, self.grids[site.level.index], site.plan.ratio, batch, dtype, self.size[3])
             for site in (driver.sites if driver.keeping(total) else active)
         ]
         self.bytes = max(self.bytes, sum(stored))
@@ -148,6 +172,20 @@ class _Count:
         if not self.steps or ratio > max(step.ratio for step in self.steps):
             self.works = works
         self.steps.append(StepLine(index, u, mode, ratio, bool(fresh), sum(counted.values()), parts))
+
+    def predicted(self, works: dict[str, Work]) -> dict[str, float]:
+        """Seconds of a call by kind of site, if they are to be predicted."""
+        if self.calibration is None:
+            return {}
+        return seconds(self.calibration, operations(self.driver.flops, *self.size, self.dtype.itemsize, works))
+
+    @property
+    def time(self) -> Prediction | None:
+        c, calls = self.calibration, len(self.steps)
+        if c is None:
+            return None
+        parts = {kind: (calls * part, self.seconds[kind]) for kind, part in self.predicted({}).items()}
+        return Prediction(c.device, c.dtype, parts)
 
     def flops(self, site: Site, work: Work | None = None) -> int:
         """FLOPs of a site, dense or not."""
@@ -182,6 +220,7 @@ class _Count:
             cache_bytes=self.bytes,
             steps=tuple(self.steps) if steps else (),
             warnings=tuple(warnings),
+            time=self.time,
             groups=tuple(self.groups),
             asked=tuple(
                 driver.policy.asked(site.level.index, site.kind, site.block.index)
@@ -233,6 +272,11 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
         return [f"nothing is reduced: the ratio is 0 at {'every step' if num_inference_steps else 'every noise level'}"]
     if driver.method.unforeseen:
         found.append(driver.method.unforeseen)
+    for level in driver.levels:
+        if level.guard is not None:
+            tokens = math.prod(count.grids[level.index])
+            found.append(f"protect: up to {level.guard.most()} of {tokens} tokens of a picture at level {level.index}")
+    found += count.grown
     if not rule.is_constant and num_inference_steps is None:
         found.append(
             "the policy changes with the noise level: this is one call at its largest ratio; for the whole run give "
@@ -242,6 +286,8 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
         found.append(
             f"this cannot pay here: if what {name} touches cost nothing, the FLOP ratio would be {count.ceiling:.3f}x"
         )
+    if count.time is not None and count.time.verdict:
+        found.append(count.time.verdict)
     if sum(count.reduced.values()) >= sum(count.dense.values()) * len(count.steps):
         found.append(f"this costs more FLOPs than it saves: {name} spends {count.reduced['method'] / 1e9:.3f} GFLOP")
     for index in sorted({site.level.index for site in driver.sites}):

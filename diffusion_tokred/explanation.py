@@ -10,6 +10,7 @@ from typing import Any
 from .drawing import draw_plan
 from .errors import ConfigError
 from .extras import need
+from .measure.prediction import Prediction
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Explanation:
         cache_bytes: the most that it keeps from step to step.
         steps: the plan step by step, if `num_inference_steps` was given.
         warnings: sentences.
+        time: predicted seconds of the calls, if they were asked for.
         groups: where the policy has rules, the sites that go by the same points, in words.
         asked: what the policy asks of each group, or of all sites, ("reduce", 0.5), by the noise level from which on it
             holds.
@@ -100,6 +102,7 @@ class Explanation:
     groups: tuple[str, ...] = ()
     asked: tuple[dict[float, tuple[str, float]], ...] = ()
     default: str = ""
+    time: Prediction | None = None
 
     @property
     def flop_ratio(self) -> float:
@@ -118,6 +121,8 @@ class Explanation:
             s | {"u": None if math.isnan(s["u"]) else s["u"], "parts": list(map(list, s["parts"]))}
             for s in data["steps"]
         ]
+        if self.time is not None:
+            data["time"] |= {"dense": self.time.dense, "reduced": self.time.reduced, "speedup": self.time.speedup}
         data["asked"] = [[[u, ratio, mode] for u, (mode, ratio) in points.items()] for points in self.asked]
         return data
 
@@ -176,6 +181,8 @@ class Explanation:
             "nothing). FLOP ratios are not speed-ups.",
             f"Kept from step to step: {self.cache_bytes:,} bytes.",
         ]
+        if self.time is not None:
+            lines += ["", self.time.table()]
         if reasons := Counter(site.reason for site in self.sites if site.reason):
             lines += ["", "Left alone:", *(f"{n:>5} x {reason}" for reason, n in reasons.items())]
         if self.steps:

@@ -14,9 +14,10 @@ from torch import nn
 from .backbones import BACKBONES, Backbone, Layout, backbone_of
 from .defaults import measured_families
 from .driver import RECORDS, REPORTS, Driver
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError, StateError, UnsupportedError
 from .methods import METHODS, Method, MethodConfig, MethodInfo, make_config, make_method
 from .ruling import check_fit, settle
+from .runtime.regions import Regions
 from .runtime.site import OFFERS, Site
 from .runtime.stats import Report
 from .schedule.policy import Policy
@@ -34,6 +35,8 @@ def patch(
     seed: int = 0,
     record: str | None = None,
     cache_budget: int | str | None = None,
+    protect: Any = None,
+    importance: Any = None,
     **options: Any,
 ) -> _T:
     """Put a token-reduction method on a pipeline or a denoiser. Undone, exactly, by `unpatch`.
@@ -43,7 +46,8 @@ def patch(
             that share the denoiser (`from_pipe`) share the patch.
         config: a method's config, such as `ToMeConfig(ratio=0.5)`; or
         method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config. Alone, it
-            means what was measured for this family of models, if there is that; else the method's defaults.
+            means what was measured for this family of models, if there is that; else the method's defaults. "auto":
+            what `tune` found for this model on this machine, else a default for its kind.
         policy: the ratio as a function of the noise level, instead of the config's constant one: a number, a `Policy`,
             a list of points (u, ratio) or (u, ratio, mode), or a function of u. Methods that merge or pack tokens have
             at most three ratios in a run: see `Policy.shaped`. A `Policy` that says what method it is
@@ -54,22 +58,31 @@ def patch(
             each token. Both go into `report`.
         cache_budget: the most that may be kept from step to step, in bytes or as "2GB"; a run that would need more
             is refused at its first step, with what it needs. Default: no limit.
+        protect: a mask of what is never reduced (a face, text): a PIL image, an array or a tensor (H, W) of any size,
+            for all pictures of a run, or (B, H, W), or a list, with one for each. White, true and nonzero pixels are
+            protected, with all tokens that they touch. `tokred.protect` changes it later.
+        importance: weights, as `protect` (of 8-bit pictures as shares of white), or a function (info, grid) -> weights
+            of a step, `info.u` its noise level. Tokens that matter more are kept first: a method that would go by a
+            score goes by the share of tokens of lower score, in [0, 1), plus the weight.
 
     Raises:
         ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy, one that was made
             for something else.
-        UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site.
-            Nothing has been changed then.
+        UnsupportedError: an unknown architecture, a combination that cannot work, options that match no site, or
+            nothing pays ("auto"). Nothing has been changed then.
     """
-    config, rule = settle(config, method, options, policy, denoisers(target)[0])
+    config, rule = settle(config, method, options, policy, denoisers(target)[0], target)
     check_settings(seed, record)
     budget = bytes_of(cache_budget)
-    drivers = [plan(denoiser, make_method(config), rule, seed, record, budget) for denoiser in denoisers(target)]
+    drivers = [
+        plan(denoiser, make_method(config), rule, seed, record, budget, Regions(protect, importance))
+        for denoiser in denoisers(target)
+    ]
     for driver in drivers:
         if isinstance(before := driver.denoiser.__dict__.get("_tokred"), Driver):
             warn_of(before.remove())
             # Planned over the old patch: plan again on what is there now.
-            driver = plan(driver.denoiser, driver.method, rule, seed, record, budget)
+            driver = plan(driver.denoiser, driver.method, rule, seed, record, budget, driver.regions)
         if target is not driver.denoiser:
             driver.tracker.watch(target)
         driver.install()
@@ -81,6 +94,26 @@ def unpatch(target: _T) -> _T:
     for denoiser in denoisers(target):
         if isinstance(driver := denoiser.__dict__.get("_tokred"), Driver):
             warn_of(driver.remove())
+    return target
+
+
+def protect(target: _T, mask: Any) -> _T:
+    """Protect other tokens, from the next run on, of what was patched with `protect=`: nothing is compiled anew as long
+    as the same number of tokens is computed.
+
+    Args:
+        target: as in `patch`.
+        mask: as `patch`'s `protect`; None protects nothing.
+
+    Raises:
+        StateError: it is not patched with `protect=`.
+        ConfigError: not a mask.
+    """
+    for denoiser in denoisers(target):
+        driver = denoiser.__dict__.get("_tokred")
+        if not isinstance(driver, Driver) or not driver.regions.protects:
+            raise StateError(f"this {type(denoiser).__name__} is not patched with protect=: patch it with a mask first")
+        driver.regions.set(mask)
     return target
 
 
@@ -198,12 +231,13 @@ def bytes_of(text: int | str | None) -> int | None:
 
 
 def plan(
-    denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None, budget: int | None = None
-) -> Driver:
+    denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None, budget: int | None = None,
+    regions: Regions | None = None,
+) -> Driver:  # fmt: skip
     """Everything checked, nothing changed."""
     backbone = backbone_of(denoiser)
     layout = backbone.layout(denoiser)
-    method = method.on({site.kind for site in (*layout.pairs, *layout.sites)})
+    method = heeding(method.on({site.kind for site in (*layout.pairs, *layout.sites)}), regions)
     sites = choose(layout, method)
     if any(hasattr(getattr(module, "processor", None), "tokred_config") for module in denoiser.modules()):
         raise UnsupportedError(
@@ -212,7 +246,22 @@ def plan(
         )
     verify(denoiser, layout, sites, method)
     check_fit(policy, denoiser, sites, method)
-    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record, budget)
+    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record, budget, regions)
+
+
+def heeding(method: Method, regions: Regions | None) -> Method:
+    """The method, told whether tokens are protected.
+
+    Raises:
+        UnsupportedError: it cannot heed what is marked.
+    """
+    asked = {"protect": regions is not None and regions.protects, "importance": regions is not None and regions.weighs}
+    for name, given in asked.items():
+        if given and name not in method.heeds:
+            able = [other for other, kind in METHODS.items() if name in kind.heeds]
+            raise UnsupportedError(f"{method.name} cannot heed {name}=: {method.deaf}. These can: {', '.join(able)}")
+    method.guarded = asked["protect"]
+    return method
 
 
 def verify(denoiser: nn.Module, layout: Layout, sites: list[Site], method: Method) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .auto import AUTO, choose_auto
 from .backbones import backbone_of
 from .defaults import measured_default
 from .errors import ConfigError, UnsupportedError
@@ -21,14 +22,31 @@ _WHOLE = ("stack", "deep")  # kinds of site that are many blocks at once
 
 
 def settle(
-    config: MethodConfig | None, method: str | None, options: Mapping[str, Any], policy: Any, model: nn.Module
-) -> tuple[MethodConfig, Policy]:
-    """The config and the policy that `patch`'s arguments mean for a denoiser.
+    config: MethodConfig | None, method: str | None, options: Mapping[str, Any], policy: Any, model: nn.Module,
+    target: Any = None,
+) -> tuple[MethodConfig, Policy]:  # fmt: skip
+    """The config and the policy that `patch`'s arguments mean for a denoiser, of the pipeline `target`.
 
     Raises:
         ConfigError: as `resolve` and `rule_of`.
-        UnsupportedError: an unknown architecture.
+        UnsupportedError: an unknown architecture, or nothing pays ("auto").
     """
+    if method == AUTO:
+        if given := [
+            *(["config"] if config is not None else []),
+            *(["policy"] if policy is not None else []),
+            *options,
+        ]:
+            raise ConfigError(
+                f'method="auto" chooses everything itself: leave out {", ".join(given)}, or name a method'
+            )
+        backbone = backbone_of(model)
+        layout = backbone.layout(model)
+        kinds = {site.kind for site in (*layout.pairs, *layout.sites)}
+        config, policy = choose_auto(target, model, kinds)
+        if policy is None and (measured := measured_default(config.name, backbone.name)) is not None:
+            config, policy = None, measured
+        return settle(config, None, {}, policy, model)
     policy = offered(config, method, options, policy, model)
     config = resolve(config, method, options, policy)
     return config, rule_of(config, policy)

@@ -128,6 +128,10 @@ def explain(
     guidance: Guidance = None,
     dtype: Dtype = None,
     device: Device = None,
+    threads: Threads = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Predict the time on this device, by a calibration of a minute, kept.")
+    ] = False,
     json: Json = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the plan of the --steps: .png, .svg or .pdf.")
@@ -148,13 +152,14 @@ def explain(
         rule = None if policy is None else options.policy(policy)
         chosen = options.chosen(method, ctx.args, rule)
         pixels = None if size is None else options.size(size)
-    pipe, defaults = load_pipeline(model, dtype, device, None)
+    pipe, defaults = load_pipeline(model, dtype, device, threads)
     width, height = pixels or defaults.get("size") or (None, None)
     scale = defaults.get("guidance") if guidance is None else guidance
-    found = dry_run(
-        pipe, **chosen, height=height, width=width, num_inference_steps=steps,
-        guidance=None if scale is None else scale > 1, text_tokens=defaults.get("text_tokens"), num_frames=frames,
-    )  # fmt: skip
+    with working("measuring this device" if time else "counting"):
+        found = dry_run(
+            pipe, **chosen, height=height, width=width, num_inference_steps=steps, num_frames=frames,
+            guidance=None if scale is None else scale > 1, text_tokens=defaults.get("text_tokens"), time=time,
+        )  # fmt: skip
     if plot is not None:
         found.plot().savefig(plot, dpi=150)
     text = results.to_json(results.plain(found.to_dict()))

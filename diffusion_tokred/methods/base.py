@@ -17,6 +17,7 @@ from ..runtime.stack import StackCall
 from ..runtime.store import Clock
 from ..runtime.work import Work
 from ..schedule.shapes import COUNTS
+from ..tokens.regions import ratio_of, room
 
 _VERSION = 1
 ALIGNED = 1024  # tokens from which on counts are snapped to `align`
@@ -113,6 +114,7 @@ class Method:
         modes: modes that a policy may ask of it.
         watches_input: True if it reads `block.input`.
         every: what it keeps in a level's memory is made anew after this many steps; 0 or 1: at every step.
+        shares_rows: True if all pictures of a batch have the same tokens computed.
         shares_passes: True if the passes of a step (conditional, unconditional) share the level's memory.
         keeps: True if full steps are handed to it too, since it keeps what they compute for later ones.
         watches_output: True if it is shown the denoiser's output after each step.
@@ -123,6 +125,10 @@ class Method:
             compiled models and kernels. None: any number, as papers have them.
         shares: what a policy's rules may not tell apart at a level, since its sites share a clock ("mode") or a choice
             of tokens ("ratio"); "" if nothing.
+        heeds: what it heeds of what a user marks: "protect" (tokens that are never reduced), "importance".
+        deaf: why it does not heed the rest, a clause.
+        store: type of what is kept; None: the model's.
+        guarded: True if tokens are protected on this model. Set before `needs` is asked.
     """
 
     name: ClassVar[str] = ""
@@ -131,6 +137,7 @@ class Method:
     modes: tuple[str, ...] = ("full", "reduce")
     watches_input: ClassVar[bool] = False
     every: int = 1
+    shares_rows: bool = False
     shares_passes: bool = False
     keeps: ClassVar[bool] = False
     unforeseen: ClassVar[str] = ""
@@ -139,6 +146,10 @@ class Method:
     whole: ClassVar[bool] = False
     ratios: ClassVar[int | None] = COUNTS
     shares: str = ""
+    heeds: frozenset[str] = frozenset()
+    deaf: str = "it does not choose between tokens"
+    guarded: bool = False
+    store: torch.dtype | None = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -213,6 +224,10 @@ class Method:
         what a level shares, at its leader."""
         return 0
 
+    def lighter(self) -> str:
+        """Options that make it keep less, for the user to read."""
+        return "see `explain`, and the method's options"
+
     def rests(self, total: int | None) -> str | None:
         """Why it leaves a run of so many steps as it is; None if it does not."""
         return None
@@ -229,6 +244,25 @@ class Method:
     def part(self, site: Site, index: int, total: int | None, mode: str, ratio: float) -> tuple[str, float]:
         """What a site does of it."""
         return mode, ratio
+
+    def spare(self, site: Site, mode: str, ratio: float) -> tuple[str, float]:
+        """What a site, or a step at its level, does instead, so that no protected token (`level.guard`) is reduced.
+
+        Default: for methods that choose `count` tokens of all; others override it.
+        """
+        guard, grid = site.level.guard, site.level.grid
+        if guard is None or grid is None or mode == "full" or not (need := guard.most(self.shares_rows)):
+            return mode, ratio
+        n = grid[0] * grid[1]
+        if mode == "reduce" and self.count(grid, ratio) >= need:
+            return mode, ratio
+        m = room(n, need, self.align_of(n))
+        return ("reduce", ratio_of(n, m)) if m < n else ("full", 0.0)
+
+    def align_of(self, n: int) -> int:
+        """What counts of `n` tokens are multiples of."""
+        align: int = getattr(self.config, "align", 1)
+        return align if n >= ALIGNED else 1
 
     def begin(self, family: str, sites: Sequence[Site]) -> None:
         """Learn the name of the backbone, and the sites that it will act at."""

@@ -12,6 +12,8 @@ from ..runtime.rows import Out
 from ..runtime.site import Call, Site
 from ..runtime.work import Work
 from ..tokens import Merge, destinations, draw, match, split
+from ..tokens.regions import mergeable, ratio_of
+from ..tokens.select import untie
 from .base import Method, MethodConfig, option, register_method
 
 _OPTIONS = {
@@ -67,6 +69,7 @@ class ToMe(Method):
     paper = "Token Merging for Fast Stable Diffusion, arXiv 2303.17604"
     kinds = ("attention", "cross_attention", "feed_forward", "parallel")
     watches_input = True
+    heeds = frozenset({"protect", "importance"})
     config: ToMeConfig
 
     def __init__(self, config: ToMeConfig) -> None:
@@ -101,6 +104,19 @@ class ToMe(Method):
         m, align = super().count(grid, ratio), self.config.align
         least = len(destinations(*grid, self.config.sy, self.config.sx)) if align > 1 else 0
         return m if m >= least else -(-least // align) * align
+
+    def spare(self, site: Site, mode: str, ratio: float) -> tuple[str, float]:
+        """As many tokens as can be merged away, if that is fewer."""
+        guard, grid, c = site.level.guard, site.level.grid, self.config
+        if guard is None or grid is None or mode == "full" or not guard.most():
+            return mode, ratio
+        n = grid[0] * grid[1]
+        most = guard.once("mergeable", lambda tokens: mergeable(tokens, grid, c.sy, c.sx))
+        if n - self.count(grid, ratio) <= most:
+            return mode, ratio
+        m, align = n - most, self.align_of(n)
+        m = -(-m // align) * align
+        return ("reduce", ratio_of(n, m)) if m < n else ("full", 0.0)
 
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         return Work(self.count(grid, ratio))
@@ -152,8 +168,13 @@ class ToMe(Method):
         (h, w), x = call.grid, call.block.input
         assert x is not None  # kept by the block, since `watches_input`
         dst, src = call.prepared
-        r = h * w - self.count((h, w), call.plan.ratio)
-        return match(x, dst, src, r, halves=call.level.halves if self.config.share_cfg else 1)
+        r, level, share = h * w - self.count((h, w), call.plan.ratio), call.level, self.config.share_cfg
+        weights, tokens = level.weights, None if level.guard is None else level.guard.tokens
+        if not share:  # each half has rows of its own
+            weights, tokens = (
+                part if part is None or len(part) == 1 else untie(part, level.halves) for part in (weights, tokens)
+            )
+        return match(x, dst, src, r, level.halves if share else 1, weights, tokens)
 
 
 def _check(ratio: float, config: ToMeConfig) -> None:
