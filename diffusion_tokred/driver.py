@@ -25,10 +25,10 @@ from .measure.flops import Flops
 from .methods import Method
 from .runtime.ledger import Ledger
 from .runtime.record import TokenRecord
-from .runtime.regions import Regions
+from .runtime.regions import Regions, growth
 from .runtime.site import BlockKeeper, GridKeeper, Level, Site
 from .runtime.stats import Report, StepRecord
-from .runtime.store import Memory
+from .runtime.store import Memory, same_words
 from .runtime.tracker import StepInfo, Tracker
 from .schedule.policy import Policy
 from .tokens import mix
@@ -139,7 +139,7 @@ class Driver:
         self.decide(info.index, info.total, info.u)
         if self.spared and not self._told:
             self._told = True
-            warnings.warn(self.growth(), stacklevel=2)
+            warnings.warn(growth(self.spared), stacklevel=2)
         for site in self.sites:
             if not site.plan.idle:
                 site.check(inputs)
@@ -223,7 +223,7 @@ class Driver:
             level.key = torch.full((), mix(self.seed, info.index, level.index), dtype=torch.int64, device=device)
             passes = "" if self.method.shares_passes else info.pass_key
             key = (level.index, passes, info.batch, level.grid, text if keeps else 0, device)
-            if key not in self._memories or not _same(words, self._memories[key].notes.get("words")):
+            if key not in self._memories or not same_words(words, self._memories[key].notes.get("words")):
                 if keeps:  # of no use any more
                     self._memories = {k: memory for k, memory in self._memories.items() if k[:2] != key[:2]}
                 self._memories[key] = memory = self._memory(level, info.batch, text) if keeps else Memory()
@@ -342,13 +342,6 @@ class Driver:
         for level in self.levels:
             level.memory, level.scratch, level.status, level.key = Memory(), {}, None, None
 
-    def growth(self) -> str:
-        """What a step does for the protected tokens that the method would not do by itself."""
-        return "; ".join(
-            f"protect: at level {level} the ratio is {done:.3g} instead of {asked:g}, for the protected tokens' sake"
-            for level, (asked, done) in self.spared.items()
-        )
-
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The denoiser's arguments by name."""
         return dict(zip(self._names, args, strict=False)) | kwargs
@@ -391,13 +384,6 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     """The type that a model computes in, as diffusers' models say it."""
     found = getattr(module, "dtype", torch.float32)
     return found if isinstance(found, torch.dtype) else torch.float32
-
-
-def _same(words: Any, before: Any) -> bool:
-    """Whether two calls have the same prompt: then what was kept of one is good for the other."""
-    if words is before or not isinstance(words, Tensor) or not isinstance(before, Tensor):
-        return words is before or not isinstance(words, Tensor)
-    return words.shape == before.shape and torch.equal(words, before)
 
 
 def _synchronize(tensor: Tensor) -> None:

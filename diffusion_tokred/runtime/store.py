@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -136,3 +137,10 @@ class Memory:
         """Bytes that the tensors in the slots keep from being freed: a view keeps all that it is a view of."""
         found = [tensor.untyped_storage() for slot in self.slots.values() for tensor in slot.tensors()]
         return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+def same_words(words: Any, before: Any) -> bool:
+    """Whether two calls have the same prompt: then what was kept of one is good for the other."""
+    if words is before or not isinstance(words, Tensor) or not isinstance(before, Tensor):
+        return words is before or not isinstance(words, Tensor)
+    return words.shape == before.shape and torch.equal(words, before)
