@@ -6,16 +6,16 @@ so that fine-tunes share one. The last one tuned is used; `Policy.load` takes an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from .backbones.base import default_of
 from .errors import ConfigError, UnsupportedError
+from .home import home
 from .methods import MethodConfig, make_config
 from .schedule.policy import Policy
-from .schedule.stamp import config_hash, model_of, scheduler_of
+from .schedule.stamp import config_hash, library, model_of, scheduler_of
 
 AUTO = "auto"
 DISTILLED = ("LCMScheduler", "TCDScheduler")  # schedulers of models that were distilled to a few steps
@@ -27,17 +27,9 @@ DEFAULTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 )
 
 
-def home() -> Path:
-    """This user's folder: `TOKRED_HOME`, else `diffusion_tokred` where caches are (`XDG_CACHE_HOME`, ~/.cache)."""
-    if own := os.environ.get("TOKRED_HOME"):
-        return Path(own).expanduser()
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(caches).expanduser() / "diffusion_tokred"
-
-
 def made_for(denoiser: Any, scheduler: Any = None) -> dict[str, Any]:
-    """What a policy says of the model and the scheduler that it was made on."""
-    found = {"model": model_of([denoiser]), "scheduler": scheduler_of(scheduler)}
+    """What a policy says of the model, the scheduler and the release that it was made on."""
+    found = {"model": model_of([denoiser]), "scheduler": scheduler_of(scheduler), "library": library()}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -17,18 +17,19 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .backbones import Backbone, Layout
 from .errors import ConfigError
 from .measure.flops import Flops
+from .measure.timing import synchronize
 from .methods import Method
 from .runtime.ledger import Ledger
 from .runtime.record import TokenRecord
 from .runtime.regions import Regions, growth
 from .runtime.site import BlockKeeper, GridKeeper, Level, Site
 from .runtime.stats import Report, StepRecord
-from .runtime.store import Memory, same_words
+from .runtime.store import Memory
 from .runtime.tracker import StepInfo, Tracker
 from .schedule.policy import Policy
 from .tokens import mix
@@ -146,7 +147,7 @@ class Driver:
             site.enter(self.needs[site.kind])
         self._prepare(info)
         if self.record == "time":
-            _synchronize(sample)
+            synchronize(sample.device)
             self._started = time.perf_counter()
 
     @torch.compiler.disable
@@ -166,7 +167,7 @@ class Driver:
         inputs = self._inputs(args, kwargs)
         seconds = None
         if self.record == "time":
-            _synchronize(self.backbone.latent(inputs))
+            synchronize(self.backbone.latent(inputs).device)
             seconds = time.perf_counter() - self._started
         if self.method.watches_output and self.keeping(self.info.total):
             tokens = self.backbone.tokens(self.layout, inputs, output)
@@ -223,11 +224,11 @@ class Driver:
             level.key = torch.full((), mix(self.seed, info.index, level.index), dtype=torch.int64, device=device)
             passes = "" if self.method.shares_passes else info.pass_key
             key = (level.index, passes, info.batch, level.grid, text if keeps else 0, device)
-            if key not in self._memories or not same_words(words, self._memories[key].notes.get("words")):
+            if key not in self._memories or not self._memories[key].serves(words):
                 if keeps:  # of no use any more
                     self._memories = {k: memory for k, memory in self._memories.items() if k[:2] != key[:2]}
                 self._memories[key] = memory = self._memory(level, info.batch, text) if keeps else Memory()
-                memory.notes["words"] = words
+                memory.words = words
             level.memory = self._memories[key]
             if keeps:
                 clock, noise = level.memory.clock, self.method.coordinate == "noise"
@@ -267,7 +268,8 @@ class Driver:
     def decide(self, index: int, total: int | None, u: float) -> None:
         """Set the plan of each site: what the policy asks for, and what the method makes of it."""
         led: set[int] = set()
-        steps: dict[tuple[int, tuple[str, float]], tuple[str, float]] = {}
+        planned: dict[tuple[int, tuple[str, float]], tuple[str, float]] = {}
+        steps = dict(planned)  # with room for protected tokens
         self.spared = {}
         keeps = self.keeping(total)
         for site in self.sites:
@@ -277,11 +279,13 @@ class Driver:
                 self._allowed.add(asked)
             memory, place = site.level.memory, (site.level.index, asked)
             if place not in steps:
-                planned = self.method.step(memory.clock, index, total, *asked)
-                steps[place] = self.method.spare(site, *planned)
-                if planned[0] == "reduce" and steps[place] != planned:
-                    self.spared[site.level.index] = planned[1], steps[place][1]
-            mode, ratio = self.method.spare(site, *self.method.part(site, index, total, *steps[place]))
+                planned[place] = self.method.step(memory.clock, index, total, *asked)
+                steps[place] = self.method.spare(site, *planned[place])
+                if planned[place][0] == "reduce" and steps[place] != planned[place]:
+                    self.spared[site.level.index] = planned[place][1], steps[place][1]
+            whole = steps[place][0] == "full"
+            part = self.method.part(site, index, total, *(steps if whole else planned)[place])
+            mode, ratio = self.method.spare(site, *part)
             site.leader = mode != "full" and site.level.index not in led
             site.plan.set(mode, ratio, keep=keeps)
             site.plan.refresh = (
@@ -384,8 +388,3 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     """The type that a model computes in, as diffusers' models say it."""
     found = getattr(module, "dtype", torch.float32)
     return found if isinstance(found, torch.dtype) else torch.float32
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        torch.accelerator.synchronize(tensor.device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .auto import AUTO
+from .auto import AUTO, file_of
 from .backbones.base import Backbone, default_of
 from .defaults import measured_default, origin
 from .driver import Driver
@@ -72,7 +72,7 @@ def explain(
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
     """
-    bare = config is None and policy is None and not options and method != AUTO
+    bare = config is None and policy is None and not options
     config, rule = settle(config, method, options, policy, denoisers(target)[0], target)
     counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "num_frames": num_frames}
     for name, value in counts.items():
@@ -105,10 +105,14 @@ def explain(
     for index, u in enumerate(noise):
         count.step(index, u, len(noise) if num_inference_steps else None)
     found = count.explanation(_warnings(count, rule, num_inference_steps), bool(num_inference_steps))
+    if method == AUTO and (file := file_of(denoiser)).exists():
+        return replace(found, default=f"tuned: {file}")
     if not bare:
         return found
     chosen = measured_default(config.name, backbone.name)
     none = f"no measured default for {config.name} on {backbone.name}: the method's own, {driver.method.paper}"
+    if method == AUTO:
+        none = f"nothing tuned for this model: the default for its kind, {driver.method.paper}"
     return replace(found, default=none if chosen is None else origin(chosen))
 
 

@@ -81,7 +81,7 @@ class Explanation:
         groups: where the policy has rules, the sites that go by the same points, in words.
         asked: what the policy asks of each group, or of all sites, ("reduce", 0.5), by the noise level from which on it
             holds.
-        default: where nothing but the method was named, what chose its settings.
+        default: where nothing but the method (or "auto") was named, what chose its settings.
     """
 
     method: str

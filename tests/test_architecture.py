@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "diffusion_tokred"
 FLOORS = {
-    "errors": 0, "version": 0, "extras": 0,
+    "errors": 0, "version": 0, "extras": 0, "home": 0,
     "tokens": 1, "schedule": 1, "zoo": 1,
     "runtime": 2,
     "methods": 3, "backbones": 3, "measure": 3.5,  # measure counts what backbones describe

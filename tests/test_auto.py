@@ -9,7 +9,8 @@ from diffusers import LCMScheduler
 
 import diffusion_tokred as tokred
 from diffusion_tokred import ConfigError, Policy, UnsupportedError
-from diffusion_tokred.auto import file_of, home, remember
+from diffusion_tokred.auto import file_of, remember
+from diffusion_tokred.home import home
 from diffusion_tokred.testing import tiny
 
 
@@ -39,14 +40,16 @@ def test_a_tuned_policy_is_used() -> None:
     modes = {(step.u > 0.8, step.mode) for step in tokred.report(pipe).steps}
     assert modes == {(True, "full"), (False, "forecast")} and tokred.report(pipe).config == config.to_dict()
     assert tokred.patch(tiny.sd3(dual=(0,)), method="auto").transformer._tokred.policy != policy
+    assert tokred.explain(tiny.sd3(), method="auto").default == f"tuned: {file_of(pipe.transformer)}"
     file_of(pipe.transformer).write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         tokred.patch(tiny.sd3(), method="auto")
 
 
 def test_the_defaults() -> None:
-    assert tokred.explain(tiny.sd3(), method="auto", num_inference_steps=20).method == "taylorseer"
-    assert tokred.explain(tiny.sd(), method="auto", num_inference_steps=20).method == "deepcache"
+    told = [tokred.explain(make(), method="auto", num_inference_steps=20) for make in (tiny.sd3, tiny.sd)]
+    assert [one.method for one in told] == ["taylorseer", "deepcache"]
+    assert told[0].default.startswith("measured: ") and told[1].default.startswith("nothing tuned for this model: ")
     pipe = tiny.flux()
     with tokred.patched(pipe, method="auto"):
         tiny.run(pipe, steps=12)

@@ -32,6 +32,10 @@ class Layout:
     ) -> None:
         self.sites, self.levels, self.images, self.pairs = sites, levels, images, list(pairs)
         self.notes: dict[str, Any] = {}
+        for kind in {site.kind for site in sites}:
+            blocks = [*dict.fromkeys(site.block.index for site in sites if site.kind == kind)]
+            for site in (site for site in sites if site.kind == kind):
+                site.depth = blocks.index(site.block.index), len(blocks)
 
 
 class Backbone:

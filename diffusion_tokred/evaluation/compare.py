@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..auto import AUTO
 from ..errors import ConfigError, StateError, UnsupportedError
+from ..measure.timing import synchronize
 from ..methods import MethodConfig
 from ..patching import denoisers, patched, report
-from ..ruling import config_in, offered, resolve
+from ..ruling import config_in, offered, resolve, settle
 from ..runtime.stats import Report
 from ..schedule.policy import as_policy
 from .metrics import Spread, psnr, speedup, ssim
-from .models import quiet
+from .models import called, quiet
 from .results import environment, prompts_of, result
 
 PROMPT = "a big red star above a small blue ring on a striped pink background"
@@ -166,8 +168,11 @@ def compare(
     if not seeds:
         raise ConfigError("no seeds: at least one is needed")
     method = method or (None if config or config_in(policy) else "tome")
-    policy = offered(config, method, options, policy, denoisers(pipe)[0])
-    config = resolve(config, method, options, policy)
+    if method == AUTO:
+        config, policy = settle(config, method, options, policy, denoisers(pipe)[0], pipe)
+    else:
+        policy = offered(config, method, options, policy, denoisers(pipe)[0])
+        config = resolve(config, method, options, policy)
     if any("_tokred" in denoiser.__dict__ for denoiser in denoisers(pipe)):
         raise StateError("the pipeline is patched already: unpatch it, compare needs it without")
     caller = _Caller(pipe, prompt, steps, size, guidance, call or {}, len(seeds) * (2 * repeat + 1), progress)
@@ -267,16 +272,11 @@ class _Caller:
         arguments = self.arguments | {"generator": torch.Generator().manual_seed(seed)} | more
         if self.steppable:
             arguments["callback_on_step_end"] = lambda pipe, step, t, kwargs: self._tell(seed, what, step + 1, kwargs)
-        self._synchronize()
+        synchronize(self.device)
         started = time.perf_counter()
-        try:
+        with called(self.pipe):
             picture = self.pipe(**arguments).images[0]
-        except (ConfigError, UnsupportedError, StateError):
-            raise
-        except (ValueError, TypeError) as error:
-            text = " ".join(str(error).split())
-            raise ConfigError(f"{type(self.pipe).__name__} refuses this call: {text}") from error
-        self._synchronize()
+        synchronize(self.device)
         took = time.perf_counter() - started
         self.done += 1
         self._tell(seed, what, 0, {})
@@ -295,7 +295,3 @@ class _Caller:
             share = 0.0 if what == "warm-up" else min(1.0, (self.done + step / self.steps) / self.calls)
             self.progress(f"seed {seed}, {what}", share)
         return kwargs
-
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)

@@ -25,7 +25,7 @@ from ..errors import ConfigError, StateError, UnsupportedError
 from ..patching import denoisers
 from . import launch, store
 from .locks import Lock
-from .models import needs_prompt, quiet
+from .models import called, needs_prompt, quiet
 from .prompts import PromptSet
 from .settings import differences, settings_of
 from .variants import Variant, check
@@ -310,16 +310,13 @@ def _images(pipe: Any, texts: list[str], seeds: list[int], call: dict[str, Any])
         arguments["output_type"] = "np"  # pictures before they are rounded: what is not finite still shows
     who = type(pipe).__name__
     try:
-        made = pipe(**arguments)
+        with called(pipe):
+            made = pipe(**arguments)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"out of memory with {len(texts)} pictures at once: draw fewer at once, or smaller ones, or in another"
             " dtype; each in another folder"
         ) from error
-    except (ConfigError, UnsupportedError, StateError):
-        raise
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{who} refuses this call: {' '.join(str(error).split())}") from error
     images = getattr(made, "images", None)
     if images is None:
         raise UnsupportedError(f"{who} returns {', '.join(getattr(made, 'keys', list)())}, no images")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import zoo
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -137,6 +137,18 @@ def quiet(pipe: Any) -> Iterator[None]:
             del pipe._progress_bar_config
         else:
             pipe.set_progress_bar_config(**before)
+
+
+@contextlib.contextmanager
+def called(pipe: Any) -> Iterator[None]:
+    """A block in which a pipeline is called: what it says of wrong arguments becomes a ConfigError, in one line."""
+    try:
+        yield
+    except (ConfigError, UnsupportedError, StateError):
+        raise
+    except (ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{type(pipe).__name__} refuses this call: {text}") from error
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -9,6 +9,7 @@ from dataclasses import Field, fields
 from importlib import metadata
 from typing import Any, NoReturn
 
+from ..auto import AUTO
 from ..errors import ConfigError
 from ..methods import CONFIGS, MethodConfig, make_config
 from ..ruling import config_in, resolve
@@ -92,7 +93,15 @@ def config_from(method: str | None, words: Sequence[str], policy: Policy | None 
 
 
 def chosen(method: str | None, words: Sequence[str], policy: Policy | None) -> dict[str, Any]:
-    """What a command was told, as `patch`'s arguments: a method by its name where nothing else was said."""
+    """What a command was told, as `patch`'s arguments: a method by its name where nothing else was said.
+
+    Raises:
+        ConfigError: as `config_from`; or something beside "auto", which chooses everything itself.
+    """
+    if method == AUTO:
+        if given := [*(["--policy"] if policy is not None else []), *words]:
+            raise ConfigError(f"--method auto chooses everything itself: leave out {' '.join(given)}, or name a method")
+        return {"method": AUTO}
     if policy is None and not words and method is not None:
         make_config(method)  # an error if there is none of this name
         return {"method": method}

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ConfigError
+from ..home import home
 from ..tokens import destinations, match, split
 from .machine import device_name
 from .operations import PASSES, Operation
@@ -119,7 +119,7 @@ def calibration(
 ) -> Calibration:
     """This device's `Calibration`, from the user's cache folder, or measured now and kept there.
 
-    It is kept for this device, dtype, number of threads and torch's version. `TOKRED_CACHE` names another folder.
+    It is kept for this device, dtype, number of threads and torch's version. `TOKRED_HOME` names another folder.
 
     Args:
         fresh: measure anew.
@@ -140,11 +140,10 @@ def calibration(
 
 def cache_file(device: torch.device | str, dtype: torch.dtype) -> Path:
     """Where a device's calibration is kept."""
-    folder = Path(os.environ.get("TOKRED_CACHE") or platformdirs.user_cache_dir("diffusion_tokred"))
     words = (device_name(torch.device(device)), str(dtype).removeprefix("torch."), torch.__version__,
              f"{torch.get_num_threads()}-threads")  # fmt: skip
     name = "-".join("".join(c if c.isalnum() or c in "._" else "-" for c in word).strip("-") for word in words)
-    return folder / f"roofline-{name}.json"
+    return home() / f"roofline-{name}.json"
 
 
 @torch.no_grad()

@@ -79,6 +79,14 @@ class CacheMethod(Method):
         if not 0 <= ratio <= 1:
             raise ConfigError(f"{self.name}: ratio {ratio:g} is not in [0, 1]")
 
+    def allow(self, mode: str, ratio: float) -> None:
+        super().allow(mode, ratio)
+        if mode in ("reuse", "forecast") and ratio != 1:
+            raise ConfigError(
+                f"{self.name}: a step in mode {mode!r} leaves out all tokens, so that its ratio is 1, found {ratio:g}; "
+                "at some noise levels only: points of a policy"
+            )
+
     @property
     def store(self) -> torch.dtype | None:  # type: ignore[override]
         return STORES[self.config.store_dtype]

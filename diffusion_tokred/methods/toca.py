@@ -116,9 +116,6 @@ class FaithfulToCa(ModuleCache):
         c = self.config
         known = ("dit", "pixart", "flux")
         self._family = c.schedule if c.schedule != "auto" else family if family in known else "default"
-        self._layers = {
-            kind: 1 + max(s.block.index for s in sites if s.kind == kind) for kind in {s.kind for s in sites}
-        }
         self._tokenwise = {s.level.index for s in sites if s.kind != "attention"}
         wanted = "cross_attention" if c.score == "entropy" else "attention"
         scored = {wanted, "parallel"} - ({"parallel"} if c.score == "entropy" else set())
@@ -144,10 +141,8 @@ class FaithfulToCa(ModuleCache):
     def part(self, site: Site, index: int, total: int | None, mode: str, ratio: float) -> tuple[str, float]:
         if mode != "reduce":
             return mode, ratio
-        layers = self._layers[site.kind]
-        layer = min(site.block.index, layers - 1)
         family, place = (self._family, index) if total is not None else ("default", 0)
-        share = toca_share(family, place, total or 1, layer, layers, site.kind, 1 - ratio)
+        share = toca_share(family, place, total or 1, *site.depth, site.kind, 1 - ratio)
         if share <= 0:
             return "reuse", 1.0
         return "reduce", 1 - share

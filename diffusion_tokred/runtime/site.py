@@ -167,6 +167,7 @@ class Site:
         extras: rows that are none of the picture's may follow it (reference pictures, padding).
         inner: sites inside of it (the attention of a `parallel` site): a method acts on it or on them.
         leader: True at the first of its level's sites that the method uses.
+        depth: the place of its block among the model's blocks with sites of its kind, and their number.
         gives_text: what comes out has rows for the text too.
         width: channels of what comes out.
     """
@@ -186,6 +187,7 @@ class Site:
         self.holder: Any = module  # what has the `processor` that does the work, at an attention
         self.plan = Plan()
         self.leader = False
+        self.depth = (0, 1)
 
     @property
     def gives_text(self) -> bool:

@@ -118,7 +118,8 @@ class Memory:
         value: a slot for the level. `index` and `text` say at which step, and at which ratio, it was made.
         prepared: what `Method.prepare` made, by ratio; `scratch`: what sites derive from it.
         slots: by site. clock: see `Clock`.
-        notes: what a method makes of the denoiser's outputs; need: bytes that the slots will come to.
+        notes: what a method makes of the denoiser's outputs; words: the prompt's embeddings, or class labels.
+        need: bytes that the slots will come to.
     """
 
     def __init__(self) -> None:
@@ -130,17 +131,17 @@ class Memory:
         self.slots: dict[str, Slot] = {}
         self.clock = Clock()
         self.notes: dict[str, Any] = {}
+        self.words: Any = None
         self.need = 0
+
+    def serves(self, words: Any) -> bool:
+        """Whether what is kept is good for a call with this prompt: it is the same one, or there is none to tell."""
+        if words is self.words or not isinstance(words, Tensor) or not isinstance(self.words, Tensor):
+            return words is self.words or not isinstance(words, Tensor)
+        return words.shape == self.words.shape and torch.equal(words, self.words)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors in the slots keep from being freed: a view keeps all that it is a view of."""
         found = [tensor.untyped_storage() for slot in self.slots.values() for tensor in slot.tensors()]
         return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
-
-
-def same_words(words: Any, before: Any) -> bool:
-    """Whether two calls have the same prompt: then what was kept of one is good for the other."""
-    if words is before or not isinstance(words, Tensor) or not isinstance(before, Tensor):
-        return words is before or not isinstance(words, Tensor)
-    return words.shape == before.shape and torch.equal(words, before)

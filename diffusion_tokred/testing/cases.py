@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..methods import Method, MethodConfig, make_method
 from ..patching import denoisers, patch
+from ..runtime.rows import KV
 
 
 class Broken(AssertionError):
@@ -182,3 +183,25 @@ def describe(config: MethodConfig) -> str:
     """A config in short: the method, and the options that are not at their defaults."""
     changed = [f"{f.name}={value!r}" for f in fields(config) if (value := getattr(config, f.name)) != f.default]
     return config.name + (f"({', '.join(changed)})" if changed else "")
+
+
+def count_rows(pipe: Any) -> list[tuple[Any, int, float, int]]:
+    """(site, tokens that are query and key, ratio, what `work` says of them) of each reduced call from now on."""
+    method, rows = driver_of(pipe).method, list[tuple[Any, int, float, int]]()
+
+    def count(site: Any) -> None:
+        run = site.run
+
+        def counted(call: Any, x: Tensor, at: Any, kv: Any, watch: Any) -> Any:
+            keys = kv.reduce(call.x).shape[1] if isinstance(kv, KV) else x.shape[1]
+            if site.plan.mode == "reduce":
+                work = method.work(site, site.level.grid, site.plan.ratio)
+                rows.append((site, min(x.shape[1], keys), site.plan.ratio, min(work.queries, work.keys)))
+            return run(call, x, at, kv, watch)
+
+        vars(site)["run"] = counted
+
+    for site in driver_of(pipe).sites:
+        for part in (site, *site.inner):
+            count(part)
+    return rows

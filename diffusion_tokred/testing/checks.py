@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError
 from ..patching import patch, report, unpatch
-from ..runtime.rows import KV
 from .cases import (
     Broken,
     Case,
     Snapshot,
+    count_rows,
     driver_of,
     expect_equal,
     expect_near,
@@ -119,7 +119,7 @@ def ratio(case: Case) -> str | None:
                 raise Broken(f"ratio {share:g} is refused without naming it: {error}") from error
             before.assert_same(model_of(pipe), f"after ratio {share:g} was refused")
             continue
-        rows = _count_rows(pipe)
+        rows = count_rows(pipe)
         try:
             case.run(pipe, **({} if case.method.keeps else {"steps": 1}))
         except ValueError as error:  # more than this size has: known only when it runs
@@ -143,28 +143,6 @@ def ratio(case: Case) -> str | None:
     if not done:
         return None
     return "done as asked: " + _numbers(done) + (f"; refused: {_numbers(refused)}" if refused else "")
-
-
-def _count_rows(pipe: Any) -> list[tuple[Any, int, float, int]]:
-    """(site, tokens that are query and key, ratio, what `work` says of them) of each reduced call from now on."""
-    method, rows = driver_of(pipe).method, list[tuple[Any, int, float, int]]()
-
-    def count(site: Any) -> None:
-        run = site.run
-
-        def counted(call: Any, x: Tensor, at: Any, kv: Any, watch: Any) -> Any:
-            keys = kv.reduce(call.x).shape[1] if isinstance(kv, KV) else x.shape[1]
-            if site.plan.mode == "reduce":
-                work = method.work(site, site.level.grid, site.plan.ratio)
-                rows.append((site, min(x.shape[1], keys), site.plan.ratio, min(work.queries, work.keys)))
-            return run(call, x, at, kv, watch)
-
-        vars(site)["run"] = counted
-
-    for site in driver_of(pipe).sites:
-        for part in (site, *site.inner):
-            count(part)
-    return rows
 
 
 @_check

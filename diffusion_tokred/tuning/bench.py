@@ -15,7 +15,7 @@ from ..auto import made_for
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..evaluation.equal_speed import Stopwatch
 from ..evaluation.judges import Judges
-from ..evaluation.models import quiet
+from ..evaluation.models import called, quiet
 from ..evaluation.paired import Paired
 from ..evaluation.prompts import PromptSet
 from ..evaluation.settings import plain_argument, settings_of
@@ -158,13 +158,8 @@ class Bench:
         with quiet(self.pipe):
             synchronize(device)
             start = time.perf_counter()
-            try:
+            with called(self.pipe):
                 picture = self.pipe(**arguments).images[0]
-            except (ConfigError, UnsupportedError, StateError):
-                raise
-            except (ValueError, TypeError) as error:
-                text = " ".join(str(error).split())
-                raise ConfigError(f"{type(self.pipe).__name__} refuses this call: {text}") from error
             synchronize(device)
             took = time.perf_counter() - start
         if not isinstance(picture, Image.Image):

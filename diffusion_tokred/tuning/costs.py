@@ -120,13 +120,14 @@ def measured(rounds: Sequence[Mapping[str, Any]]) -> Costs:
 def probed(units: int, rules: Sequence[Rule], first: int = 1) -> list[Rule]:
     """A schedule that has all kinds of steps: by turns a full one and two of a rule, the rules one after the other.
 
-    Two, as some methods take two kinds of steps by turns.
+    Two, as some methods take two kinds of steps by turns. A run that is too short for that has one of each, the
+    outermost rules first: what lies between them can be interpolated.
     """
-    found: list[Rule] = [FULL] * first
-    while len(found) < units:
-        turn, place = divmod(len(found) - first, 3)
-        found.append(FULL if place == 2 else rules[turn % len(rules)])
-    return found
+    if units - first < 3 * len(rules) - 1:
+        turns = [rules[0], *rules[:0:-1], FULL]
+    else:
+        turns = [step for rule in rules for step in (rule, rule, FULL)]
+    return [FULL] * first + [turns[i % len(turns)] for i in range(units - first)]
 
 
 def _kinds(probe: Probe) -> dict[Rule, float]:

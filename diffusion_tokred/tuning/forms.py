@@ -61,6 +61,11 @@ class Form:
         """What a step that is not full is asked to do."""
         return (config.asks, ratio if self.ratios else 1.0)
 
+    def usual(self, lever: str) -> Any:
+        """A lever's usual value: the config's default."""
+        default, values = defaults(self.method)[lever], self.levers[lever]
+        return default if default in values else values[0]
+
     @property
     def probed(self) -> tuple[float, ...]:
         """Ratios whose cost is measured; those between are interpolated. Three, as a run has at most three counts."""
@@ -122,6 +127,11 @@ class Candidate:
     def moved(self, **changes: Any) -> Candidate:
         """With other attributes."""
         return replace(self, **changes)
+
+
+def bare(form: Form) -> Candidate:
+    """The fastest setting of a form."""
+    return Candidate(form, (0,) if form.caches else (), form.ratios[-1] if form.ratios else 1.0, source="fastest")
 
 
 def defaults(method: str) -> dict[str, Any]:

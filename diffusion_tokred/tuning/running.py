@@ -12,11 +12,11 @@ from ..errors import ConfigError, UnsupportedError
 from . import deciding
 from .costs import Costs, measured
 from .deciding import Entry
-from .forms import Form, chosen
+from .forms import Form, bare, chosen
 from .goal import Budget, Goal
 from .journal import Journal
 from .progress import Tell
-from .search import Search, bare, library
+from .search import Search, library
 from .steps import Steps
 from .trials import Trials
 
@@ -66,11 +66,11 @@ def run(
     steps = Steps(tuple(journal.do("noise", bench.noise)))
     forms, refused = bench.forms(len(steps.us))
     forms = chosen(forms, methods)
-    if not forms:
+    costs = costs_of(bench, journal, steps, forms, rounds[0], part("costs"), refused) if forms else None
+    forms = [form for form in forms if costs is not None and form.name in costs.forms]
+    if costs is None or not forms:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
         raise UnsupportedError(f"no method of those works on this pipeline: {reasons}")
-    costs = costs_of(bench, journal, steps, forms, rounds[0], part("costs"), refused)
-    forms = [form for form in forms if form.name in costs.forms]
     trials = Trials(bench, journal, steps, costs, goal, *counts, bench.kinds)
     ceilings = {form.name: trials.speed(bare(form)) for form in forms}
     ceiling = max(ceilings.values())
@@ -140,7 +140,11 @@ def costs_of(
                 else:
                     one["forms"][form.name] = probe
         lines.append(one)
-    return measured(lines[1:])
+    costs = measured(lines[1:])
+    for form in forms:
+        if form.name not in costs.forms:
+            refused.setdefault(form.name, f"in a run of {len(steps.us)} steps it computes all of them in full")
+    return costs
 
 
 def _probe(bench: Any, form: Form, steps: Steps) -> Any:

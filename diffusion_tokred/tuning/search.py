@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from . import constants
-from .forms import Candidate, Form, defaults
+from .forms import Candidate, Form, bare
 from .steps import place
 from .trials import Outcome, Trials
 
@@ -235,7 +235,7 @@ class Search:
         if kind < 0.25 and form.levers:
             name, options = str(rng.choice(sorted(form.levers))), dict(candidate.options)
             values = form.levers[name]
-            options[name] = _beside(values, values.index(options.get(name, usual(form, name))), rng)
+            options[name] = _beside(values, values.index(options.get(name, form.usual(name))), rng)
             return candidate.moved(options=tuple(sorted(options.items())))
         if kind < 0.4 and len(form.ratios) > 1:
             near = int(np.abs(np.array(form.ratios) - candidate.ratio).argmin())
@@ -325,7 +325,7 @@ class _Optimiser:
             best = search.trials.best(lambda one, name=form.name: one.candidate.form.name == name)  # type: ignore[misc]
             chosen = dict(best.candidate.options) if best is not None else {}
             levers = {
-                f"{form.name} {name}": values.index(chosen.get(name, usual(form, name)))
+                f"{form.name} {name}": values.index(chosen.get(name, form.usual(name)))
                 for name, values in form.levers.items()
             }
             for harm, tilt in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
@@ -368,17 +368,6 @@ class _Optimiser:
             self.study.tell(trial, state=library().trial.TrialState.FAIL)
             raise
         self.study.tell(trial, trials.goal.value(one.speed, one.score))
-
-
-def bare(form: Form) -> Candidate:
-    """The fastest setting of a form."""
-    return Candidate(form, (0,) if form.caches else (), form.ratios[-1] if form.ratios else 1.0, source="fastest")
-
-
-def usual(form: Form, name: str) -> Any:
-    """A lever's usual value: the config's default."""
-    default = defaults(form.method)[name]
-    return default if default in form.levers[name] else form.levers[name][0]
 
 
 def library() -> Any:

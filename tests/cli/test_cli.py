@@ -238,7 +238,7 @@ def test_explain(folder: Path, tmp_path: Path) -> None:
 
 
 def test_explain_predicts_the_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKRED_CACHE", str(tmp_path))
+    monkeypatch.setenv("TOKRED_HOME", str(tmp_path))
     even = roofline.Table((1, 2), (1, 2), ((1e9, 1e9), (1e9, 1e9)))
     tables = dict.fromkeys(("linear", "conv", "attention", "match"), even)
     tables |= dict.fromkeys(("norm", "gelu", "tanh"), roofline.Table((1, 2), (1, 2), ((1e30, 1e30), (1e30, 1e30))))

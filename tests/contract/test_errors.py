@@ -49,6 +49,7 @@ REFUSED = [
     ("sd", dict(method="tome", policy=[(0.2, 0.5), (0.9, 0.3)]), tokred.ConfigError, ["descending", "0.9"]),
     ("sd", dict(method="tome", policy=[(1.0, 0.9)]), tokred.ConfigError, ["0.9", "0.75"]),
     ("sd", dict(method="tome", policy=[(1.0, 0.5, "reuse")]), tokred.ConfigError, ["'reuse'", "reduce"]),
+    ("sd3", dict(method="fora", policy=[(1.0, 0.5, "reuse")]), tokred.ConfigError, ["'reuse'", "ratio is 1", "0.5"]),
     ("sd", dict(method="tome", policy=[(1.0, 0.5, "off")]), tokred.ConfigError, ["'off'", "reduce"]),
     ("sd", dict(method="todo", policy=0.5), tokred.ConfigError, ["0.5", "0.75"]),
     ("sd", dict(method="tome", policy=1.0), tokred.ConfigError, ["1"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_tokred import ConfigError, MethodConfig, Policy, ToDoConfig, ToMeConfig
-from diffusion_tokred.evaluation.options import config_from, policy, seeds, size
+from diffusion_tokred.evaluation.options import chosen, config_from, policy, seeds, size
 from diffusion_tokred.evaluation.tables import option_rows
 from diffusion_tokred.methods import CONFIGS, option
 
@@ -50,6 +50,13 @@ def test_methods_of_others_have_options_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert config_from("theirs", ["--strength", "2", "--mood", "wild"]) == Theirs(2.0, "wild")
     with pytest.raises(ConfigError, match="'calm', 'wild'"):
         config_from("theirs", ["--mood", "bad"])
+
+
+def test_a_method_named_alone_stays_a_name() -> None:
+    assert chosen("tome", [], None) == {"method": "tome"} and chosen("auto", [], None) == {"method": "auto"}
+    assert chosen("tome", ["--ratio", "0.6"], None) == {"config": ToMeConfig(ratio=0.6), "policy": None}
+    with pytest.raises(ConfigError, match=r"auto chooses everything .* leave out --policy --ratio 0\.6, or"):
+        chosen("auto", ["--ratio", "0.6"], Policy.constant(0.5))
 
 
 def test_the_table_of_options_is_whole() -> None:

@@ -179,7 +179,7 @@ def test_in_the_table_and_as_data() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TOKRED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TOKRED_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 

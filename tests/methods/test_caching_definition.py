@@ -325,7 +325,8 @@ FULL = {
 
 @pytest.mark.parametrize("kind, share", [("dit", 0.07), ("pixart", 0.3), ("flux", 0.1)])
 def test_toca_s_schedules(kind, share):
-    """Full steps in the report, and the rows of each layer's feed-forward and cross-attention."""
+    """Full steps in the report, and the rows of each layer's feed-forward and cross-attention, and of FLUX's single
+    blocks, whose depth is counted apart."""
     steps, interval, full = FULL[kind]
     pipe = patched(kind, "toca-faithful", interval=interval, ratio=1 - share, schedule="auto")
     rows: dict[str, list[int]] = {}
@@ -337,11 +338,19 @@ def test_toca_s_schedules(kind, share):
         for module, layer in layers.items():
             found = rows[f"{i} {module}"] = []
             layer.register_forward_pre_hook(lambda m, args, found=found: found.append(args[0].shape[1]))
+    for i, block in enumerate(getattr(model, "single_transformer_blocks", ())):
+        found = rows[f"{i} parallel"] = []
+        text = 7  # rows of the prompt, which stand before the picture's
+        block.proj_mlp.register_forward_pre_hook(
+            lambda m, args, found=found, text=text: found.append(args[0].shape[1] - text)
+        )
     run(pipe, steps=steps, guidance=1.0)
     assert [s.index for s in tokred.report(pipe).steps if s.mode == "full"] == full
     for name, found in rows.items():
         layer, module = name.split()
-        depth = (18 if kind == "flux" else 27) * int(layer) / (len(model.transformer_blocks) - 1)
+        blocks = model.single_transformer_blocks if module == "parallel" else model.transformer_blocks
+        last = {"parallel": 37, "feed_forward": 18 if kind == "flux" else 27}.get(module, 27)
+        depth = last * int(layer) / (len(blocks) - 1)
         shares = [caching.toca_share(kind, p, steps, depth, module, share) for p in range(steps)]
         counts = [64 if p in full else int(64 * r + 1e-9) for p, r in enumerate(shares)]
         # Where a share is 0 the module is not called; at one below a token it is, with none.

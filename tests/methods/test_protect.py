@@ -19,6 +19,7 @@ from diffusion_tokred.testing import families, tiny
 from tests.compat.test_compile import graphs, whole
 from tests.contract.helpers import PIPES, run, same
 from tests.methods.caches import driver, options
+from tests.reference.caching import toca_share
 from tests.reference.regions import protected_tokens
 
 FAMILIES = PIPES | families.BUILDERS
@@ -207,6 +208,26 @@ def test_the_count_grows_where_more_is_protected(name, ratio):
         run(pipe)
     step = tokred.report(pipe).steps[-1]
     assert step.ratio == ratio and step.tokens_computed == round(step.tokens_total * (1 - ratio))
+
+
+def test_published_shares_stay_where_they_have_room():
+    """A layer that computes fewer tokens than are protected computes these, and no other layer more than published."""
+    steps, share = 6, 0.3
+    more = options("toca-faithful", interval=3, ratio=1 - share, schedule="pixart")
+    pipe = tokred.patch(tiny.pixart(), **more, protect=half())
+    rows = [[], [], []]
+    for block, found in zip(pipe.transformer.transformer_blocks, rows, strict=True):
+        block.ff.net[0].proj.register_forward_pre_hook(lambda m, args, found=found: found.append(args[0].shape[1]))
+    with pytest.warns(UserWarning, match="ratio is 0.5 instead of 0.7"):
+        run(pipe, steps=steps, guidance=1.0)
+    published = [
+        [int(64 * toca_share("pixart", step, steps, depth, "feed_forward", share) + 1e-9) for step in range(steps)]
+        for depth in (0, 13.5, 27)
+    ]
+    full = [s.index for s in tokred.report(pipe).steps if s.mode == "full"]
+    assert len(full) < steps - 2
+    assert rows == [[64 if i in full else max(n, 32) for i, n in enumerate(counts)] for counts in published]
+    assert 32 < published[1][1] < 64 and published[2][1] < 32
 
 
 @pytest.mark.parametrize("name", ["tome", "toca", "toca-faithful", "cat-faithful", "random-keep"])

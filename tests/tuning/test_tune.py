@@ -75,6 +75,7 @@ def test_from_the_first_measurement_to_the_files(tmp_path: Path, clock: None, mo
     assert found.best["train"] == pytest.approx(sum(figures[:2]) / 2)
     assert found.best["paired"]["psnr"]["mean"] == pytest.approx(sum(figures[2:]) / 2)
     assert policy.model["class"] == "UNet2DConditionModel" and policy.measured["prompts"] == 2
+    assert policy.library == f"diffusion_tokred {tokred.__version__}"
 
     data = json.loads((tmp_path / "out" / "result.json").read_text())
     assert data == found.to_dict() and (data["schema"], data["kind"]) == ("tokred.result/1", "tune")

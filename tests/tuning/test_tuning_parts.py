@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import fields
 from typing import Any
@@ -139,6 +140,12 @@ def test_a_probe_has_all_kinds_of_steps(rules: int) -> None:
     found = probed(20, asked, 2)
     assert found[:2] == [FULL, FULL] and set(found[2:]) == {FULL, *asked}
     assert all(found.count(rule) >= 4 for rule in asked)
+    ratios = [("reduce", ratio) for ratio in (0.25, 0.5, 0.75)]
+    for units, first in itertools.product(range(4, 12), range(3)):
+        found = probed(units, ratios, first)
+        assert len(found) == units and found[:first] == [FULL] * first
+        least = set(ratios) if units - first > 2 else {ratios[0], ratios[-1]}  # what no other can be interpolated from
+        assert set(found) - {FULL} == least
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -104,6 +104,18 @@ def test_where_nothing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
         tuned(Goal("psnr", speed=1.5))
 
 
+def test_where_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(self: ToyBench, form: Any, steps: Any) -> dict[str, Any]:
+        if form is not None:
+            raise UnsupportedError("only a run shows it")
+        return time_steps(self, form, steps)
+
+    time_steps = ToyBench.time_steps
+    monkeypatch.setattr(ToyBench, "time_steps", refuses)
+    with pytest.raises(UnsupportedError, match=r"no method of those works .*fora what=stack: only a run shows it"):
+        tuned(Goal("psnr", speed=1.5))
+
+
 def test_a_policy_that_is_slower_than_its_costs_say() -> None:
     found = tuned(Goal("psnr", speed=2.0), bench=ToyBench(slow=1.2))
     assert found.best["composed"] >= 2.0 * 1.2 * 0.97
