@@ -81,7 +81,7 @@ class Grid:
         for row in self.rows():
             first, flops = row["name"] == UNPATCHED, row["flops"]
             share = f"{flops / row['flops_unpatched']:.0%}" if flops and row["flops_unpatched"] else "not counted"
-            value = Spread.of(row["psnr"]).median
+            value = float("inf") if first else Spread.of(row["psnr"]).median
             near = "equal" if value == float("inf") else f"{value:.1f} dB"
             speed = Spread(**row["speedup"]).text(2, "×").replace("-", "–")
             lines.append(

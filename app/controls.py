@@ -32,9 +32,13 @@ class SideControls:
     """
 
     def __init__(self, letter: str, start: Side) -> None:
+        self.letter = letter
+        with gr.Column(elem_classes=["tk-side", f"tk-{letter.lower()}"]):
+            self._make(letter, start)
+
+    def _make(self, letter: str, start: Side) -> None:
         infos = tokred.methods()
         first = start.config.name if start.config else UNPATCHED
-        self.letter = letter
         self.method = gr.Dropdown(
             [UNPATCHED, *(info.name for info in infos)], value=first, label=f"{letter}: method", filterable=False,
             info="unpatched is the pipeline as it is", elem_id=f"method-{letter.lower()}",

@@ -26,7 +26,7 @@ def _tile(found: Result) -> Image.Image:
     a, b = (drawn.picture.copy() for drawn in found.sides)
     for picture in (a, b):
         picture.thumbnail((TILE, TILE))
-    page = Image.new("RGB", (a.width + b.width + 4, max(a.height, b.height)), "white")
+    page = Image.new("RGBA", (a.width + b.width + 4, max(a.height, b.height)))
     page.paste(a, (0, 0))
     page.paste(b, (a.width + 4, 0))
     return page

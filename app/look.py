@@ -27,8 +27,8 @@ CSS = """
 .tk-verdict { font-size: 1.08rem; line-height: 1.5; }
 .tk-scroll { overflow-x: auto; }
 .tk-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-.tk-table th, .tk-table td { padding: .42rem .7rem; border-bottom: 1px solid var(--border-color-primary);
-  text-align: left; vertical-align: top; color: var(--body-text-color); }
+.tk-table th, .tk-table td { padding: .42rem .7rem; border: 0 solid var(--border-color-primary) !important;
+  border-bottom-width: 1px !important; text-align: left; vertical-align: top; color: var(--body-text-color); }
 .tk-table tbody th { font-weight: 500; color: var(--body-text-color-subdued); }
 .tk-table em { font-style: normal; font-size: .8rem; border: 1px solid currentColor; border-radius: 4px;
   padding: 0 .3rem; }
@@ -42,9 +42,13 @@ CSS = """
 .tk-plot svg { width: 100%; height: auto; max-width: 720px; display: block; margin: 0 auto; }
 .tk-plot figcaption { font-size: .85rem; color: var(--body-text-color-subdued); text-align: center; }
 .tk-slider img { width: 100%; object-fit: contain; }
-.tk-theme { max-width: 2.6rem !important; min-width: 2.6rem !important; }
+.tk-side { border-left: 3px solid #0072b2; padding-left: 10px; gap: 8px !important; }
+.tk-b { border-left-color: #d55e00; }
+.tk-theme { flex: none !important; max-width: 2.6rem !important; min-width: 2.6rem !important; }
 @media (max-width: 640px) {
-  .gradio-container { padding: 8px !important; }
+  .gradio-container { padding: 0 !important; }
+  .gradio-container .main.fillable, .gradio-container main.contain { padding: 4px !important; }
+  .gradio-container .main > .wrap { padding: 0 4px !important; }
   .tk-table th, .tk-table td { padding: .38rem .45rem; font-size: .86rem; }
 }
 """
@@ -59,4 +63,9 @@ def theme() -> gr.themes.Base:
         font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "monospace"],
         radius_size="md",
+    ).set(
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
+        block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_600",
+        button_large_text_size="*text_md",
     )  # fmt: skip

@@ -53,7 +53,7 @@ class Page:
         usual = usual_of(first)
         with gr.Blocks(title="diffusion_tokred", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             self.current, self.past = gr.State(None), gr.State([])
-            with gr.Row(equal_height=True):
+            with gr.Row():
                 gr.HTML(
                     "<h1>diffusion_tokred</h1><p>Token reduction, side by side: one noise, two ways to compute.</p>",
                     elem_classes="tk-title",
@@ -69,13 +69,18 @@ class Page:
                     with gr.Column(scale=4, min_width=320):
                         self._controls(usual)
                     with gr.Column(scale=7, min_width=320):
+                        with gr.Row():
+                            self.run = gr.Button("Run both", variant="primary", elem_id="run", min_width=100)
+                            self.rerun = gr.Button("Keep A, run B", elem_id="rerun", min_width=100)
+                            self.stop = gr.Button("Stop", elem_id="stop", min_width=70)
                         self.status = gr.HTML(
                             words.note("Choose two sides and run them: same prompt, same noise."), elem_id="status"
                         )
                         self.results = Results()
                         self.gallery = gr.Gallery(
-                            label="History of this session: click to restore", columns=4, height="auto", format="png",
+                            label="History of this session: click to restore", columns=3, height="auto", format="png",
                             allow_preview=False, visible=False, elem_id="history", object_fit="contain",
+                            fit_columns=False,
                         )  # fmt: skip
                 with gr.Tab("Batch", id="batch"):
                     self.batch = batch.Batch(self)
@@ -110,13 +115,10 @@ class Page:
                 elem_id="mask",
             )  # fmt: skip
             self.take = gr.Button("Paint on the picture of A", size="sm")
-        with gr.Row():
-            self.run = gr.Button("Run both", variant="primary", elem_id="run", min_width=110)
-            self.rerun = gr.Button("Keep A, run B", elem_id="rerun", min_width=110)
-            self.stop = gr.Button("Stop", variant="stop", elem_id="stop", min_width=80)
         gr.Examples(
             [list(example) for example in EXAMPLES], [self.prompt, self.seed, self.a.method, self.b.method],
             label="Examples", cache_examples=False, api_visibility="private",
+            example_labels=[f"{a} | {b}, seed {seed}" for _, seed, a, b in EXAMPLES],
         )  # fmt: skip
 
     @property
