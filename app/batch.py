@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,7 +82,7 @@ class Grid:
         for row in self.rows():
             first, flops = row["name"] == UNPATCHED, row["flops"]
             share = f"{flops / row['flops_unpatched']:.0%}" if flops and row["flops_unpatched"] else "not counted"
-            value = float("inf") if first else Spread.of(row["psnr"]).median
+            value = statistics.median(row["psnr"])
             near = "equal" if value == float("inf") else f"{value:.1f} dB"
             speed = Spread(**row["speedup"]).text(2, "×").replace("-", "–")
             lines.append(
@@ -185,12 +186,18 @@ class Batch:
                     self.guidance = gr.Number(3, label="Guidance", min_width=90, elem_id="batch-guidance")
                 with gr.Row():
                     self.go = gr.Button("Run the batch", variant="primary", elem_id="batch-run")
-                    self.stop = gr.Button("Stop", variant="stop", elem_id="batch-stop", min_width=80)
+                    self.stop = gr.Button("Stop", elem_id="batch-stop", min_width=80)
             with gr.Column(scale=7, min_width=320):
                 self.status = gr.HTML(words.note("Each seed, unpatched and with each setting, from the same noise."),
                                       elem_id="batch-status")  # fmt: skip
                 self.grid = gr.Image(
-                    format="png", label="Grid", show_label=False, interactive=False, elem_id="batch-grid", visible=False
+                    format="png",
+                    label="Grid",
+                    show_label=False,
+                    interactive=False,
+                    elem_id="batch-grid",
+                    visible=False,
+                    buttons=["download", "fullscreen"],
                 )
                 self.table = gr.HTML(elem_id="batch-table")
                 self.data = gr.JSON(label="tokred.result/1", visible=False)

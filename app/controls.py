@@ -41,7 +41,7 @@ class SideControls:
         first = start.config.name if start.config else UNPATCHED
         self.method = gr.Dropdown(
             [UNPATCHED, *(info.name for info in infos)], value=first, label=f"{letter}: method", filterable=False,
-            info="unpatched is the pipeline as it is", elem_id=f"method-{letter.lower()}",
+            elem_id=f"method-{letter.lower()}",
         )  # fmt: skip
         self.options: dict[str, dict[str, Any]] = {}
         self.groups: dict[str, gr.Group] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gradio as gr
 
 CSS = """
-.gradio-container { max-width: 1360px !important; margin: 0 auto; padding: 12px 16px !important; }
+.gradio-container { max-width: 1360px !important; margin: 0 auto; }
 .tk-title h1 { font-size: 1.35rem; font-weight: 650; margin: 0; letter-spacing: -.01em; }
 .tk-title p { margin: .15rem 0 0; color: var(--body-text-color-subdued); font-size: .92rem; }
 .tk-state { display: flex; align-items: center; gap: .5rem; font-size: .9rem; color: var(--body-text-color-subdued);
@@ -27,8 +27,9 @@ CSS = """
 .tk-verdict { font-size: 1.08rem; line-height: 1.5; }
 .tk-scroll { overflow-x: auto; }
 .tk-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-.tk-table th, .tk-table td { padding: .42rem .7rem; border: 0 solid var(--border-color-primary) !important;
-  border-bottom-width: 1px !important; text-align: left; vertical-align: top; color: var(--body-text-color); }
+.tk-table th, .tk-table td { padding: .42rem .7rem; border-width: 0 0 1px !important; white-space: nowrap;
+  border-style: solid !important; border-color: var(--border-color-primary) !important;
+  text-align: left; vertical-align: top; color: var(--body-text-color); }
 .tk-table tbody th { font-weight: 500; color: var(--body-text-color-subdued); }
 .tk-table em { font-style: normal; font-size: .8rem; border: 1px solid currentColor; border-radius: 4px;
   padding: 0 .3rem; }
@@ -45,13 +46,18 @@ CSS = """
 .tk-side { border-left: 3px solid #0072b2; padding-left: 10px; gap: 8px !important; }
 .tk-b { border-left-color: #d55e00; }
 .tk-theme { flex: none !important; max-width: 2.6rem !important; min-width: 2.6rem !important; }
-@media (max-width: 640px) {
-  .gradio-container { padding: 0 !important; }
-  .gradio-container .main.fillable, .gradio-container main.contain { padding: 4px !important; }
-  .gradio-container .main > .wrap { padding: 0 4px !important; }
-  .tk-table th, .tk-table td { padding: .38rem .45rem; font-size: .86rem; }
-}
 """
+
+# Outside of `css`, whose media rules gradio moves inside of the page's content.
+HEAD = """<style>
+@media (max-width: 640px) {
+  .gradio-container.gradio-container { padding: 0 !important; }
+  .gradio-container .main.fillable.app { padding: 8px !important; }
+  .gradio-container .tk-table th, .gradio-container .tk-table td { padding: .38rem .45rem; font-size: .84rem; }
+  .gradio-container .tk-table tbody th { white-space: normal; }
+  .gradio-container .tk-live figure { flex: 1 1 0; }
+}
+</style>"""
 
 TOGGLE = "() => { document.body.classList.toggle('dark'); }"
 

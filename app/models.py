@@ -65,7 +65,8 @@ class Models:
             failed = name in self._found and self._found[name].done() and self._found[name].exception() is not None
             if name not in self._found or failed:
                 self._began[name] = time.monotonic()
-                self._found[name] = found = Future()
+                found: Future[Model] = Future()
+                self._found[name] = found
                 # A daemon: who stops the server does not wait for a model.
                 threading.Thread(target=self._load, args=(name, found), name="tokred-load", daemon=True).start()
             return self._found[name]
@@ -129,8 +130,9 @@ def _load(name: str, device: str | None, dtype: str | None) -> Model:
         raise
     pipe.set_progress_bar_config(disable=True)
     own = defaults(name)
-    usual = {**_own(pipe), **{key: own[key] for key in ("steps", "guidance", "size") if key in own}}
-    works, refused = [], {}
+    usual: dict[str, Any] = {**_own(pipe), **{key: own[key] for key in ("steps", "guidance", "size") if key in own}}
+    works: list[str] = []
+    refused: dict[str, str] = {}
     for info in tokred.methods():
         try:
             tokred.explain(pipe, method=info.name, width=usual["size"][0], height=usual["size"][1])

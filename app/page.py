@@ -78,7 +78,7 @@ class Page:
                         )
                         self.results = Results()
                         self.gallery = gr.Gallery(
-                            label="History of this session: click to restore", columns=3, height="auto", format="png",
+                            label="History of this session: click to restore", columns=3, height=240, format="png",
                             allow_preview=False, visible=False, elem_id="history", object_fit="contain",
                             fit_columns=False,
                         )  # fmt: skip
@@ -148,7 +148,7 @@ class Page:
             self.rerun.click(answered(self._rerun), inputs, shown, **model),
         ]
         # Two ways to stop: `cancels` takes a run out of the queue or closes it, the flag is read at each step.
-        self.stop.click(self.stop_all, None, self.status, queue=False, cancels=began, **private)
+        self.stop.click(self.stop_all, None, self.status, queue=False, cancels=list[Any](began), **private)
         self.gallery.select(
             answered(self._restore), [self.past, self.results.gain],
             [self.model, *self.inputs[1:8], *self.a.inputs, *self.b.inputs, *shown[:-2]], queue=False, **private,

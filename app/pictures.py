@@ -130,11 +130,11 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], heads: Sequence[str]
     """Pictures in rows (seeds) and columns (settings), with their names."""
     cell = min(max(rows[0][1][0].width, 160), 320)
     height = round(cell * rows[0][1][0].height / rows[0][1][0].width)
-    left, top, gap, font = 84, 40, 8, ImageFont.load_default(14)
+    left, top, gap, font = 84, 64, 8, ImageFont.load_default(14)
     page = Image.new("RGB", (left + len(heads) * (cell + gap), top + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(page)
     for column, head in enumerate(heads):
-        draw.text((left + column * (cell + gap), 12), _cut(draw, head, font, cell), fill="#1c1e22", font=font)
+        draw.text((left + column * (cell + gap), 38), _cut(draw, head, font, cell), fill="#1c1e22", font=font)
     for line, (name, pictures) in enumerate(rows):
         y = top + line * (height + gap)
         draw.text((8, y + 6), name, fill="#1c1e22", font=font)

@@ -29,7 +29,13 @@ class Results:
                 )  # fmt: skip
                 self.gain = gr.Slider(1, 16, 4, step=1, label="Difference, amplified", elem_id="gain")
                 self.heat = gr.Image(
-                    format="png", label="Difference", show_label=False, interactive=False, height=320, elem_id="heat"
+                    format="png",
+                    label="Difference",
+                    show_label=False,
+                    interactive=False,
+                    height=320,
+                    elem_id="heat",
+                    buttons=["download", "fullscreen"],
                 )
             with gr.Tab("Tokens", id="tokens"):
                 self.layer = gr.Dropdown(
@@ -41,7 +47,7 @@ class Results:
                 self.legend = gr.HTML(words.note("Each token, at each step: shown after a run with a method."))
                 self.tokens = gr.Image(
                     format="png", label="Tokens of this step", show_label=False, interactive=False, height=460,
-                    elem_id="tokens", visible=False,
+                    elem_id="tokens", visible=False, buttons=["download", "fullscreen"],
                 )  # fmt: skip
             with gr.Tab("Figures", id="figures"):
                 self.figures = gr.HTML(words.note("Times, FLOPs, tokens, memory and likeness: shown after a run."))

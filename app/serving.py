@@ -10,7 +10,7 @@ from PIL import Image
 from diffusion_tokred import ConfigError
 
 from .limits import MASK_SIDE
-from .look import CSS, theme
+from .look import CSS, HEAD, theme
 from .models import Models
 from .page import build
 
@@ -58,7 +58,7 @@ def serve(
     page.queue(default_concurrency_limit=2, max_size=queue_size)
     models.start(models.names[0])
     page.launch(
-        server_name=host, server_port=port, share=share, auth=user, theme=theme(), css=CSS, show_error=True,
+        server_name=host, server_port=port, share=share, auth=user, theme=theme(), css=CSS, head=HEAD, show_error=True,
         max_file_size=UPLOAD, footer_links=["api", "settings"], prevent_thread_lock=not block, quiet=not block,
         state_session_capacity=100, enable_monitoring=False, ssr_mode=False,
     )  # fmt: skip
