@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .explaining import Explanation, explain
     from .methods import (
         CATConfig,
+        ClusCaConfig,
         DeepCacheConfig,
         DuCaConfig,
         FirstBlockConfig,
@@ -40,6 +41,7 @@ from .version import __version__ as __version__
 __all__ = [
     "CATConfig",
     "Cell",
+    "ClusCaConfig",
     "ClusterPruneAttnProcessor",
     "ConfigError",
     "DeepCacheConfig",
@@ -83,6 +85,7 @@ _HOMES = {
     "explaining": ("Explanation", "explain"),
     "methods": (
         "CATConfig",
+        "ClusCaConfig",
         "DeepCacheConfig",
         "DuCaConfig",
         "FORAConfig",
@@ -98,6 +101,7 @@ _HOMES = {
     ),
     "patching": ("methods", "patch", "patched", "report", "unpatch"),
     "processors": (
+        "ClusCaConfig",
         "ClusterPruneAttnProcessor",
         "ToDoAttnProcessor",
         "ToMeAttnProcessor",

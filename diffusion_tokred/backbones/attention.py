@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from ..runtime.rows import KV, Cache, Out
+from ..runtime.rows import KV, Attended, Cache, Out
 from ..runtime.site import Block, Call, Level, Site
 from ..runtime.tap import Tap, follow, tapped, why_not
 from ..runtime.work import Weights, macs
@@ -26,7 +26,7 @@ class FeedForwardSite(Site):
     kind = "feed_forward"
     offers = frozenset({"at"})
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         return self.cut(call, call.module(self.fill(call, x)), x.shape[1])
 
     def weights(self) -> Weights:
@@ -67,7 +67,9 @@ class TappedSite(Site):
         self._own: Any = value[1]
         self._tapped: Any = value[2]
 
-    def attend(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any, text: int = 0) -> Any:
+    def attend(
+        self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any, text: int = 0
+    ) -> Any:
         """Call the module on `x`, through the tap where one is needed; `text`: rows that come in beside the image's."""
         rows = self.fill(call, x)
         start = self.start + (text if self.text_first else 0)
@@ -130,7 +132,9 @@ class TappedSite(Site):
 
     def needs_tap(self, needs: frozenset[str]) -> bool:
         """Whether a method that needs this cannot do without the tap, with what is installed now."""
-        return bool(needs & {"kv", "kv_select", "cache", "watch"}) or ("at" in needs and self.rotary is not None)
+        return bool(needs & {"kv", "kv_select", "cache", "attended", "watch"}) or (
+            "at" in needs and self.rotary is not None
+        )
 
     def refusal(self, needs: frozenset[str]) -> str | None:
         return why_not(self.holder.processor, self.rotary) if self.needs_tap(needs) else None
@@ -158,7 +162,7 @@ class JointAttention(TappedSite):
 
     offers = frozenset({"at", "kv", "kv_select", "cache", "watch"})
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         text = call.kwargs.get("encoder_hidden_states")
         out = self.attend(call, x, at, kv, watch, 0 if text is None else text.shape[1])
         image, *rest = out if isinstance(out, tuple) else (out,)
@@ -190,7 +194,7 @@ class StreamAttention(TappedSite):
     joint = True
     offers = frozenset({"at", "kv", "kv_select", "cache", "watch"})
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         return self.cut(call, self.attend(call, x, at, kv, watch), x.shape[1])
 
     def weights(self) -> Weights:
@@ -207,20 +211,20 @@ class ParallelSite(Site):
     """
 
     kind = "parallel"
-    offers = frozenset({"at", "cache"})
+    offers = frozenset({"at", "cache", "attended", "watch"})
 
     def __init__(self, name: str, module: nn.Module, block: Block, level: Level, attention: TappedSite) -> None:
         super().__init__(name, module, block, level)
         self.inner = (attention,)
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         (attention,) = self.inner
         assert isinstance(attention, TappedSite)
         text = call.kwargs.get("encoder_hidden_states")
         before = self.start if text is None else text.shape[1]
         changes = {} if at is None else attention.place(call, at, before, 0 if text is None else before)
         rows, tap = self.fill(call, x), attention.tap
-        tap.kv, tap.start, tap.tokens = kv, before, x.shape[1]
+        tap.kv, tap.watch, tap.start, tap.tokens = kv, watch, before, x.shape[1]
         tap.length = rows.shape[1] + (0 if text is None else before)
         try:
             out = call.module(rows, **changes)
@@ -276,7 +280,7 @@ class SelfAttention(TappedSite):
 
     offers = frozenset({"at", "kv", "kv_select", "cache", "watch"})
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         mask = call.kwargs.get("attention_mask")
         if isinstance(kv, KV) and watch is None and not _fused(self.module):
             # The processor takes separate keys and values here: reduce before they are projected.
@@ -319,7 +323,7 @@ class CrossAttention(Site):
         q, k = _heads(a.to_q(call.x), a.norm_q, a.heads), _heads(a.to_k(text), a.norm_k, a.heads)
         return q, k, call.kwargs.get("attention_mask")
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         if call.kwargs.get("ip_adapter_masks") is not None:
             # An adapter's mask is an image, resized to the number of queries: it needs them all, in their places.
             out = call.module(x if at is None else _put(call.x, at, x))

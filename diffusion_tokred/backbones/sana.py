@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..runtime.rows import KV, Cache, Out
+from ..runtime.rows import KV, Attended, Cache, Out
 from ..runtime.site import Block, Call, Level, Site
 from ..runtime.work import Weights, macs
 from .attention import CrossAttention
@@ -31,7 +31,7 @@ class SanaLinearAttention(Site):
         "watch": f"{_LINEAR}no query meets a key, so there are no attention weights to see",
     }
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         return Out(call.module(x))
 
     def weights(self) -> Weights:
@@ -51,7 +51,7 @@ class SanaConvFeedForward(Site):
         picture: Tensor = super().read(args, kwargs)
         return picture.flatten(2).transpose(1, 2)
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         return Out(call.module(_picture(call, x)).flatten(2).transpose(1, 2))
 
     def write(self, call: Call, out: Out) -> Tensor:

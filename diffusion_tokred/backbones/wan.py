@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..runtime.rows import KV, Cache, Out
+from ..runtime.rows import KV, Attended, Cache, Out
 from ..runtime.site import Block, Call, Level, Site
 from ..runtime.stack import StackSite
 from ..runtime.work import Weights, macs
@@ -27,7 +27,7 @@ class WanSelfAttention(TappedSite):
     offers = frozenset({"at", "kv_select", "cache", "watch"})
     lacks = {"kv": "rotary keys can be chosen, not averaged: use mode='nearest'"}
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         call.kwargs = dict(zip(_ARGUMENTS, call.args, strict=False)) | call.kwargs  # blocks call it by position
         call.args = ()
         return Out(self.attend(call, x, at, kv, watch))

@@ -71,6 +71,7 @@ def contenders(steps: int) -> dict[str, Contender]:
         ours("cat", *(by_ratio(f"cat:warmup={w}") for w in (8, 6, 4))),
         ours("fora", by_steps("fora:")),
         ours("taylorseer", by_steps("taylorseer:"), like=("diffusers-taylorseer", "diffusers-taylorseer-lite")),
+        ours("clusca", by_steps("clusca:")),
         ours("deepcache", by_steps("deepcache:"), like=("peer-deepcache",)),
         ours(
             "firstblock", *(by_threshold(f"firstblock:warmup={w},") for w in (3, 2, 4, 1)),

@@ -2,6 +2,7 @@
 
 from .base import CONFIGS, METHODS, Method, MethodConfig, MethodInfo, make_config, make_method, option, register_method
 from .cat import CAT, CATConfig
+from .clusca import ClusCa, ClusCaConfig
 from .deepcache import DeepCache, DeepCacheConfig
 from .duca import DuCa, DuCaConfig
 from .firstblock import FirstBlock, FirstBlockConfig
@@ -18,6 +19,8 @@ __all__ = [
     "FORA",
     "RAS",
     "CATConfig",
+    "ClusCa",
+    "ClusCaConfig",
     "DeepCache",
     "DeepCacheConfig",
     "DuCa",

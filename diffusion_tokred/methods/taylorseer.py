@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,9 @@ from .caching import CacheConfig, CacheMethod, ModuleCache, StackCache
 
 
 @dataclass(frozen=True)
-class TaylorSeerConfig(CacheConfig):
-    """From reusing to forecasting (arXiv 2503.06923): between full steps, outputs follow their finite differences."""
+class ForecastConfig(CacheConfig):
+    """Options of methods that forecast."""
 
-    interval: int = option(4, "a full step every so many steps; 1 is dense", low=1, high=1000)
     order: int = option(1, "order of the forecast; 0 reuses", low=0, high=4)
     basis: str = option(
         "lagrange", "the polynomial through the last full steps, however far apart; by differences, as published; or "
@@ -33,12 +33,19 @@ class TaylorSeerConfig(CacheConfig):
     )  # fmt: skip
     coordinate: str = option("step", "what outputs are a function of: the step, as published, or the noise level",
                              choices=("noise", "step"))  # fmt: skip
+
+    mode_between = "forecast"
+
+
+@dataclass(frozen=True)
+class TaylorSeerConfig(ForecastConfig):
+    """From reusing to forecasting (arXiv 2503.06923): between full steps, outputs follow their finite differences."""
+
+    interval: int = option(4, "a full step every so many steps; 1 is dense", low=1, high=1000)
     what: str = option(
         "auto", "what is forecast: what all blocks add to a token together (the paper's lite form), or each module's "
         "output; auto is stack, and modules in UNets", choices=("auto", "stack", "modules"),
     )  # fmt: skip
-
-    mode_between = "forecast"
 
 
 class Forecast(CacheMethod):
@@ -46,11 +53,11 @@ class Forecast(CacheMethod):
 
     paper = "From Reusable to Forecasting: Accelerating Diffusion Models with TaylorSeers, arXiv 2503.06923"
     modes = ("full", "forecast")
-    config: TaylorSeerConfig
+    config: Any
 
     @property
     def coordinate(self) -> str:  # type: ignore[override]
-        return self.config.coordinate
+        return str(self.config.coordinate)
 
     def prepare(self, site: Site) -> Tensor | None:
         """What each of the last full steps counts now, (order + 1,)."""
@@ -75,16 +82,20 @@ class Forecast(CacheMethod):
             found.append(found[-1].combine(lambda new, old: (new - old) / gap.to(new.dtype), before))
         slot.factors = found
 
+    def counts(self, call: Call | StackCall) -> Tensor:
+        """What `prepare` made."""
+        found: Tensor = call.prepared
+        return found
+
     def forecast(self, call: Call | StackCall) -> Out:
         """What it would compute now."""
         gap = call.level.gap
         assert gap is not None
         first, *others = call.slot.factors
-        call.note(lambda: call.x.new_full(call.x.shape[:2], 3, dtype=torch.uint8))
         if not others:
             return first
         if self.config.basis == "lagrange":
-            counts = call.prepared
+            counts = self.counts(call)
             return first.combine(lambda *parts: _weighted(parts, counts), *others)
         return first.combine(lambda *parts: extrapolate(parts, gap, self.config.basis), *others)
 
@@ -112,6 +123,7 @@ class TaylorSeer(Forecast, StackCache):
 
     def leave(self, call: StackCall, y: Tensor | None) -> Tensor:
         if y is None:
+            call.note(lambda: call.x.new_full(call.x.shape[:2], 3, dtype=torch.uint8))
             return call.x + self.forecast(call).x
         assert call.level.gap is not None
         self.renew(call.slot, Out(y - call.x), call.level.gap)
@@ -131,6 +143,7 @@ class ModuleTaylorSeer(Forecast, ModuleCache):
 
     def apply(self, call: Call) -> Out:
         if call.plan.mode != "full":
+            call.note(lambda: call.x.new_full(call.x.shape[:2], 3, dtype=torch.uint8))
             return call.site.given(call, self.forecast(call))
         out = call.compute()
         assert call.level.gap is not None

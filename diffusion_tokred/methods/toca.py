@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..runtime.rows import Out
+from ..runtime.rows import Attended, Out
 from ..runtime.site import Call, Site
 from ..runtime.store import Clock
 from ..runtime.work import Work
@@ -95,8 +95,9 @@ class ToCa(StackCache):
 
 class FaithfulToCa(ModuleCache):
     """As published, module by module. Differences, all told: the two halves of a guidance pair share their rows in all
-    models (the DiT release does not); depth is relative, for models of any depth; in joint attention the text stream's
-    own feed-forward is computed; FLUX's single blocks are reused whole."""
+    models (the DiT release does not); depth is relative, for models of any depth; text is computed whole, and only what
+    it attends to is reused (the FLUX release chooses among its rows, too); FLUX's single blocks project the queries of
+    chosen tokens, which nobody needs, as their module does not come apart."""
 
     name, paper = ToCa.name, ToCa.paper
     modes = ("full", "reduce", "reuse")
@@ -111,7 +112,8 @@ class FaithfulToCa(ModuleCache):
             kind: 1 + max(s.block.index for s in sites if s.kind == kind) for kind in {s.kind for s in sites}
         }
         wanted = "cross_attention" if c.score == "entropy" else "attention"
-        self._scorers = {s.block.index: s.name for s in sites if s.kind == wanted}
+        scored = {wanted, "parallel"} - ({"parallel"} if c.score == "entropy" else set())
+        self._scorers = {s.block.index: s.name for s in sites if s.kind in scored}
         if not self._scorers and c.score != "random":
             raise UnsupportedError(f"toca: score={c.score!r} needs {wanted.replace('_', '-')}, and there is none here")
 
@@ -120,8 +122,8 @@ class FaithfulToCa(ModuleCache):
             return frozenset({"at", "queries"})
         if kind in ("feed_forward", "cross_attention"):
             return frozenset({"at"})
-        watches = kind == "attention" and self.config.score in ("attention", "value", "key")
-        return frozenset({"watch"} if watches else ())
+        watches = kind in ("attention", "parallel") and self.config.score in ("attention", "value", "key")
+        return frozenset({"watch"} if watches else ()) | ({"at", "attended"} if kind == "parallel" else set())
 
     def is_full(self, clock: Clock, index: int, total: int | None) -> bool:
         family = self._family if total is not None else "default"
@@ -134,19 +136,22 @@ class FaithfulToCa(ModuleCache):
         layer = min(site.block.index, layers - 1)
         family, place = (self._family, index) if total is not None else ("default", 0)
         share = toca_share(family, place, total or 1, layer, layers, site.kind, 1 - ratio)
-        if site.kind == "parallel" or share <= 0:
+        if share <= 0:
             return "reuse", 1.0
         return "reduce", 1 - share
 
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         if site.plan.mode != "reduce":
             return super().work(site, grid, ratio)
-        return Work(_count(grid[0] * grid[1], ratio))
+        # Only the attention inside of a block is handed tokens at such a step.
+        return Work(_count(grid[0] * grid[1], ratio), attends=site.kind != "attention")
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
     ) -> int:
-        marks = 4 * batch * grid[0] * grid[1] * (site.kind in ("feed_forward", "cross_attention"))
+        marks = 4 * batch * grid[0] * grid[1] * (site.kind != "attention")
+        for inner in site.inner:
+            marks += batch * (grid[0] * grid[1] + text) * inner.width * dtype.itemsize
         if site.name in self._scorers.values() and self.config.score != "random":
             marks += 4 * batch * grid[0] * grid[1]
         return super().stored(site, grid, ratio, batch, dtype, text) + marks
@@ -155,9 +160,11 @@ class FaithfulToCa(ModuleCache):
         slot, mode = call.slot, call.plan.mode
         if mode == "full":
             scored = self.config.score != "random" and self._scorers.get(call.block.index) == call.site.name
-            out = self._scored(call) if scored else call.compute()
+            if call.site.kind == "parallel":
+                slot.cache = Attended()
+            out = self._scored(call) if scored else call.compute(kv=slot.cache)
             slot.out = call.site.kept(call, out)
-            if call.site.kind in ("feed_forward", "cross_attention"):
+            if call.site.kind != "attention":
                 slot.age = torch.zeros(call.x.shape[:2], dtype=torch.int32, device=call.x.device)
             return out
         if mode == "reuse":  # what became of the tokens, the feed-forward says
@@ -169,8 +176,14 @@ class FaithfulToCa(ModuleCache):
         scatter_rows(since[..., None], at, since.new_zeros(len(since), at.shape[-1], 1))
         slot.age = since
         call.note(lambda: torch.where(since == 0, 0, 2).to(torch.uint8))
-        slot.out = slot.out.renewed(at, call.compute(rows_at(call.x, at), at=at))
-        return slot.out
+        if slot.cache is not None:
+            slot.cache.at = at
+        out = call.compute(rows_at(call.x, at), at=at, kv=slot.cache)
+        if slot.cache is not None:
+            slot.cache.at = None  # of this step, not to be kept
+        given = call.site.given(call, slot.out).renewed(at, out)
+        slot.out = call.site.kept(call, given)
+        return given
 
     def _scored(self, call: Call) -> Out:
         """Compute an attention, and keep the scores of its tokens."""
@@ -182,13 +195,13 @@ class FaithfulToCa(ModuleCache):
             return call.compute()
 
         def watch(q: Tensor, k: Tensor, v: Tensor) -> None:
-            start, n = site.tap.start, call.x.shape[1]
+            start, n = (site.inner[0] if site.inner else site).tap.start, call.x.shape[1]
             if c.score == "attention":
                 slot.score = received(q, k)[:, start : start + n]
             else:
                 slot.score = norms((k if c.score == "key" else v)[:, :, start : start + n])
 
-        return call.compute(watch=watch)
+        return call.compute(kv=slot.cache, watch=watch)
 
     def _scores(self, call: Call, since: Tensor) -> Tensor:
         """(R, N): s1 or s2, with s3 and s4."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tokens.select import scatter_rows
+from ..tokens.select import rows_at, scatter_rows
 
 
 class KV:
@@ -52,6 +52,31 @@ class Cache:
         else:
             self.stored[place].scatter_(1, self.at[:, :, None].expand_as(rows), rows)
         return self.stored[place]
+
+
+class Attended:
+    """What an attention returned for all rows, before its output projection, kept for later calls: these attend to
+    nothing, and get their rows of it (ToCa).
+
+    `at` is (M,) or (B, M) int64, the image tokens of this call, or None when it hands in all of them and is to be kept.
+    """
+
+    def __init__(self) -> None:
+        self.at: Tensor | None = None
+        self.stored: Tensor | None = None
+
+    def keep(self, out: Tensor, dim: int) -> Tensor:
+        """`out` of a call with all rows, tokens on axis `dim`: (B, H, S, D) or (B, S, H, D)."""
+        self.stored = out.transpose(1, 2) if dim == 2 else out
+        return out
+
+    def rows(self, start: int, tail: int, dim: int) -> Tensor:
+        """The `start` rows before the image, the image's `at`, and the `tail` rows after it, as `keep` got them."""
+        assert self.stored is not None and self.at is not None
+        end = self.stored.shape[1] - tail
+        image = rows_at(self.stored[:, start:end].flatten(2), self.at).unflatten(2, self.stored.shape[2:])
+        found = torch.cat([self.stored[:, :start], image, self.stored[:, end:]], 1)
+        return found.transpose(1, 2) if dim == 2 else found
 
 
 class Out:

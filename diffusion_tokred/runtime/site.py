@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from .ledger import Wrapper
-from .rows import KV, Cache, Out
+from .rows import KV, Attended, Cache, Out
 from .store import Memory, Slot
 from .work import Weights
 
@@ -27,6 +27,7 @@ OFFERS = {
     "kv": "attention with keys and values from any linear reduction of the tokens",
     "kv_select": "attention with keys and values from chosen tokens",
     "cache": "attention whose keys and values of other tokens are kept from earlier steps",
+    "attended": "run on tokens at chosen places, with what attention returned for them kept from earlier steps",
     "watch": "see the queries, keys and values as the attention does",
     "queries": "see the queries and the prompt's keys",
     "pack": "run all blocks on chosen tokens, with the others' keys and values kept",
@@ -182,7 +183,7 @@ class Site:
         """The sequence among a call's arguments, (B, S, C)."""
         return args[0] if args else kwargs[self.argument]
 
-    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | None, watch: Any) -> Out:
+    def run(self, call: Call, x: Tensor, at: Tensor | None, kv: KV | Cache | Attended | None, watch: Any) -> Out:
         """Call the module itself on `x`."""
         raise NotImplementedError
 
@@ -296,7 +297,7 @@ class Call:
         self,
         x: Tensor | None = None,
         at: Tensor | None = None,
-        kv: KV | Cache | None = None,
+        kv: KV | Cache | Attended | None = None,
         watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     ) -> Out:
         """Run the module.
@@ -304,7 +305,7 @@ class Call:
         Args:
             x: (B, M, C) tokens to run it on; the call's own when None.
             at: (M,) or (B, M) int64, where each row of `x` sits: rotary rows, per-token modulation and masks follow.
-            kv: where keys and values come from, when not from `x`.
+            kv: where keys and values come from, when not from `x`; or what attention returned, for a whole block.
             watch: sees (q, k, v) as the attention does, and changes nothing.
         """
         return self.site.run(self, self.x if x is None else x, at, kv, watch)

@@ -75,6 +75,7 @@ class Slot:
         residual: (B, N, C), what a stack added to its tokens.
         age, since: (B, N), steps since a token was computed, and how far that is in the method's coordinate.
         score: (B, N), what a selection goes by.
+        error: (B, N, C), how far a forecast was off.
         rate: (B, N), how much a token's residual changed in a step, when that was last seen.
         cache: keys and values.
     """
@@ -86,6 +87,7 @@ class Slot:
         self.age: Tensor | None = None
         self.since: Tensor | None = None
         self.score: Tensor | None = None
+        self.error: Tensor | None = None
         self.rate: Tensor | None = None
         self.cache: Any = None
 

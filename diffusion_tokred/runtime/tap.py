@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedError
-from .rows import KV, Cache
+from .rows import KV, Attended, Cache
 
 _SDPA, _DISPATCH = "scaled_dot_product_attention", "dispatch_attention_fn"
 _numbers = itertools.count()
@@ -38,7 +38,7 @@ class Tap:
     """What the attention function of one attention module shall do. Set before a call of the module, read inside it.
 
     Attributes:
-        kv: where keys and values of the image come from, None to leave them.
+        kv: where keys and values of the image come from, or all that attention returns; None to leave them.
         watch: called with (q, k, v), each (B, H, S, D), before any edit.
         start, tokens, length: the image's first row, its rows, and all rows of the attention's sequence.
         rows: which rows to keep, (M',) int64, if `kv` chooses; None if it averages, or keeps them all.
@@ -51,7 +51,7 @@ class Tap:
         self.clear()
 
     def clear(self) -> None:
-        self.kv: KV | Cache | None = None
+        self.kv: KV | Cache | Attended | None = None
         self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
         self.start = self.tokens = self.length = 0
         self.rows: Tensor | None = None
@@ -64,6 +64,10 @@ class Tap:
             return attention(q, k, v, **kwargs)
         if self.watch is not None:
             self.watch(*((q, k, v) if dim == 2 else (t.transpose(1, 2) for t in (q, k, v))))
+        if isinstance(self.kv, Attended):
+            if self.kv.at is not None:
+                return self.kv.rows(self.start, self.length - self.start - self.tokens, dim)
+            return self.kv.keep(attention(q, k, v, **kwargs), dim)
         if self.kv is not None:
             k, v = self._edit(k, dim), self._edit(v, dim)
             if kwargs.get("attn_mask") is not None:
@@ -83,7 +87,7 @@ class Tap:
         return torch.cat([mask[..., : self.start], image, mask[..., end:]], -1)
 
     def _edit(self, x: Tensor, dim: int) -> Tensor:
-        assert self.kv is not None
+        assert self.kv is not None and not isinstance(self.kv, Attended)
         x = x.transpose(1, 2) if dim == 2 else x  # (B, S, H, D)
         if self.rows is not None:
             x = x.index_select(1, self.rows)

@@ -12,14 +12,16 @@ class Work:
 
     `extra`: multiply-adds a sample that the method itself spends at the site, such as on matching. `projected`: of how
     many rows keys are computed, where the others are kept. `text`: False if the text rows are not computed either.
+    `attends`: False if rows are projected, but what they attend to is kept.
     """
 
     def __init__(
-        self, queries: int, keys: int | None = None, extra: int = 0, projected: int | None = None, text: bool = True
-    ) -> None:
+        self, queries: int, keys: int | None = None, extra: int = 0, projected: int | None = None, text: bool = True,
+        attends: bool = True,
+    ) -> None:  # fmt: skip
         self.queries, self.keys, self.extra = queries, queries if keys is None else keys, extra
         self.projected = self.keys if projected is None else projected
-        self.text = text
+        self.text, self.attends = text, attends
 
 
 class Weights:
@@ -39,6 +41,7 @@ class Weights:
             pairs = (work.queries + text) * (work.keys + text)
         else:
             pairs = work.queries * (text if self.text_is == "keys" else work.keys)
+        pairs = pairs if work.attends else 0
         rows = work.queries * self.query + work.projected * self.key + text * self.text
         return 2 * batch * (rows + pairs * self.core)
 

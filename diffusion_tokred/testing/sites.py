@@ -16,7 +16,7 @@ from ..backbones import backbone_of
 from ..errors import UnsupportedError
 from ..methods import CONFIGS, METHODS, Method, MethodConfig, register_method
 from ..patching import patch
-from ..runtime.rows import KV, Cache, Out
+from ..runtime.rows import KV, Attended, Cache, Out
 from ..runtime.site import KINDS, Call, Site
 from ..runtime.work import Work
 from .cases import Broken, Case, expect_near, model_of, sample_of
@@ -219,6 +219,18 @@ def _cache(call: Call, dense: Out) -> float:
     return max(worst, expect_near(out.x, wanted, ALLOWED, "half of the tokens, with the others' keys from the cache"))
 
 
+def _attended(call: Call, dense: Out) -> float:
+    kept = Attended()
+    worst = expect_near(call.compute(kv=kept).x, dense.x, ALLOWED, "keeping what attention returns")
+    if kept.stored is None:
+        raise Broken("nothing was kept of what attention returned")
+    order = _order(call)
+    kept.at = order[: max(len(order) // 2, 1)].sort().values
+    out = call.compute(call.x.index_select(1, kept.at), at=kept.at, kv=kept)
+    wanted = dense.x.index_select(1, kept.at)
+    return max(worst, expect_near(out.x, wanted, ALLOWED, "half of the tokens, with what attention returned for them"))
+
+
 def _queries(call: Call, dense: Out) -> float:
     """Queries and keys are those whose attention the module computes: with its values they give its output."""
     site: Any = call.site
@@ -232,5 +244,6 @@ def _queries(call: Call, dense: Out) -> float:
     return expect_near(module.to_out[0](found.to(dense.x.dtype)), dense.x, ALLOWED, "from its queries and keys")
 
 
-_DO = {"queries": _queries, "at": _at, "kv": _kv, "kv_select": _kv_select, "watch": _watch, "cache": _cache}
+_DO = {"queries": _queries, "at": _at, "kv": _kv, "kv_select": _kv_select, "watch": _watch, "cache": _cache,
+       "attended": _attended}  # fmt: skip
 SITE_CHECKS: dict[str, Callable[[Case], str | None]] = {"grid": grid, "offers": offers}

@@ -7,7 +7,7 @@ only, so everything traces into one graph, and nothing here reads or changes a r
 """
 
 from .cells import compact, destinations, split
-from .cluster import cat_select, features, kmeans, pool, spread
+from .cluster import cat_select, features, kmeans, one_of_each, pool, spread
 from .downsample import MODES, downsample, pooled_grid, positions
 from .draws import draw, mix
 from .forecast import BASES, extrapolate, factors
@@ -37,6 +37,7 @@ __all__ = [
     "mix",
     "normalise",
     "norms",
+    "one_of_each",
     "pool",
     "pooled_grid",
     "positions",

@@ -64,6 +64,24 @@ def pool(values: Tensor, labels: Tensor, k: int, how: str = "max") -> Tensor:
     return (total / size.clamp_min(1)).masked_fill(size == 0, none)
 
 
+def one_of_each(draws: Tensor, labels: Tensor, k: int) -> Tensor:
+    """One token of each cluster: that of the largest draw, of equal ones the last (ClusCa, arXiv 2509.10312).
+
+    Args:
+        draws: (L, B or 1, N) int64 in [0, 2**24), one row for each of L choices.
+        labels: (B, N) int64 in [0, k).
+        k: number of clusters.
+
+    Returns:
+        (L, B, k) int64 positions; 0 for a cluster without tokens.
+    """
+    n = labels.shape[1]
+    # Draw and place in one integer: the largest of a cluster says where it is.
+    keys = (draws * n + torch.arange(n, device=labels.device)).expand(-1, len(labels), -1)
+    found = keys.new_zeros(*keys.shape[:2], k)
+    return found.scatter_reduce(2, labels.expand_as(keys), keys, "amax") % n
+
+
 def spread(heat: Tensor, labels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Add up mean, mean and max of `heat` over each cluster and those that touch it (CAT, arXiv 2502.00433).
 

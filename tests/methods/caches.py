@@ -20,6 +20,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "fora-stack": dict(method="fora", what="stack"),
     "taylorseer": dict(method="taylorseer", what="stack"),
     "taylorseer-modules": dict(method="taylorseer", what="modules"),
+    "clusca": dict(method="clusca"),
     "toca": dict(method="toca", mode="packed"),
     "toca-faithful": dict(method="toca", mode="faithful", schedule="default"),
     "duca": dict(method="duca", mode="packed"),

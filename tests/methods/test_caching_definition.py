@@ -100,7 +100,7 @@ def featured(name, slope=0.0, follows="step", **more):
     for is_patched in (False, True):
         pipe = cast(tiny.sd3(), torch.float64)
         blocks = pipe.transformer.transformer_blocks
-        inside = CACHES[name].get("what") == "modules" or "faithful" in name
+        inside = CACHES[name].get("what") == "modules" or "faithful" in name or name == "clusca"
         modules = [part for block in blocks for part in (block.attn, block.ff)] if inside else [*blocks]
         Features(pipe.transformer, modules, slope, follows)
         if is_patched:
@@ -116,7 +116,7 @@ def featured(name, slope=0.0, follows="step", **more):
         ("fora", {}), ("fora-stack", {}), ("taylorseer", dict(order=2)), ("taylorseer-modules", dict(order=0)),
         ("taylorseer-modules", dict(order=2, basis="taylor")), ("taylorseer", dict(order=1, basis="hermite")),
         ("toca", dict(forecast=True)), ("toca", dict(forecast=False)), ("duca", {}), ("ras", {}), ("cat", {}),
-        ("toca-faithful", {}), ("cat-faithful", {}),
+        ("toca-faithful", {}), ("cat-faithful", {}), ("clusca", dict(weight=0.5)),
     ],
     ids=str,
 )  # fmt: skip
@@ -147,6 +147,105 @@ def test_a_forecast_of_order_0_reuses(what):
     fora = run(patched("flux", "fora", interval=3, what=what), steps=6)
     for more in (dict(order=0), dict(order=1, basis="lagrange", damping=0.0)):
         near(run(patched("flux", "taylorseer", interval=3, what=what, **more), steps=6), fora, 1e-5)
+
+
+def test_toca_in_a_single_block_of_flux():
+    """Chosen tokens, and text, get what their own MLP and the *old* attention give them; the others what they got."""
+    pipe = patched("flux", "toca-faithful", torch.float64, interval=4, ratio=0.6)
+    plain = cast(tiny.flux(), torch.float64).transformer.single_transformer_blocks[0]
+    block, seen = pipe.transformer.single_transformer_blocks[0], []
+    block.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append((kwargs, [part.clone() for part in out])), with_kwargs=True
+    )
+    run(pipe, steps=3, guidance=1.0)
+    assert modes(pipe) == ["full", "reduce", "reduce"]
+    attended = []
+    handle = plain.attn.register_forward_hook(lambda module, args, out: attended.append(out))
+    added = None
+    for kwargs, (text, image) in seen:
+        want_text, want = plain(**kwargs)
+        if added is None:
+            added = want - kwargs["hidden_states"]
+            handle.remove()
+            plain.attn.forward = lambda *args, **kwargs: attended[0]
+        else:
+            old, new = kwargs["hidden_states"] + added, want - kwargs["hidden_states"]
+            fresh = (image - old).abs().amax(-1)[0] > 1e-9
+            assert fresh.sum() == int(0.4 * 64)
+            added = torch.where(fresh[:, None], new, added)
+        near(image, kwargs["hidden_states"] + added, 1e-10)
+        near(text, want_text, 1e-10)
+
+
+# --- clusters -----
+
+
+def test_clusca_is_its_definition():
+    """A run in float64, feed-forward by feed-forward: the forecast, one token of each cluster, and what follows it."""
+    weight, k = 0.25, 5  # exact in float32, as what a forecast counts is here
+    pipe = patched("sd3", "clusca", torch.float64, interval=4, warmup=2, clusters=k, weight=weight, damping=1.0)
+    plain = cast(tiny.sd3(), torch.float64)
+    found = [site for site in driver(pipe).sites if site.kind == "feed_forward"]
+    seen, chosen = {site.name: [] for site in found}, []
+
+    def begin(model, args, kwargs):
+        memory = found[0].level.memory
+        chosen.append(memory.prepared.get(found[0].plan.text) if found[0].plan.mode == "forecast" else None)
+
+    pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True)
+    for site in found:
+        site.module.register_forward_hook(
+            lambda module, args, out, calls=seen[site.name]: calls.append((args[0].clone(), out.clone()))
+        )
+    run(pipe, steps=8, batch=2)
+    assert [prepared is None for prepared in chosen] == [True, True, False, False, False, True, False, False]
+    drawn = set()
+    for layer, site in enumerate(found):
+        module = plain.transformer.get_submodule(site.name)
+        fulls: list[tuple[int, Any]] = []
+        off = torch.zeros(())
+        for step, (x, out) in enumerate(seen[site.name]):
+            fresh = module(x)
+            if chosen[step] is None:
+                fulls, off = [*fulls[-1:], (step, out)], torch.zeros(())
+                near(out, fresh, 1e-10)
+                continue
+            _, labels, every, _ = chosen[step]
+            (before, old), (last, new) = fulls
+            expected = new + (new - old) * (step - last) / (last - before)
+            want = expected + off
+            for row in range(len(x)):
+                for token in range(64):
+                    one = int(every[layer, row, labels[row, token]])
+                    assert labels[row, one] == labels[row, token]
+                    share = 1.0 if token == one else weight
+                    want[row, token] = (1 - share) * want[row, token] + share * fresh[row, one]
+            near(out, want, 1e-10)
+            off = out - expected
+            drawn.add(tuple(every[layer].flatten().tolist()))
+    assert len(drawn) == 5 * len(found)  # anew at each step, in each layer
+
+
+def test_clusca_clusters_what_the_last_feed_forward_is_handed():
+    pipe = patched("sd3", "clusca", torch.float64, interval=3, clusters=4, iterations=2)
+    site = [site for site in driver(pipe).sites if site.kind == "feed_forward"][-1]
+    inputs, labels = [], []
+    site.module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+    pipe.transformer.register_forward_hook(
+        lambda *args: labels.append(site.level.memory.notes.get("clusters", (None, None, None))[1:])
+    )
+    run(pipe, steps=6)
+    centroids = None
+    for full in (0, 3):
+        points = inputs[full][1].tolist()  # of the conditional half
+        start = centroids or [points[p] for p in spaced(64, 4)]
+        want, centroids = caching.lloyd(points, start, 2)
+        assert [rows.tolist() for rows, _ in labels[full + 1 : full + 3]] == [[want]] * 2
+
+
+def spaced(n, k):
+    """Where k-means begins."""
+    return [i * n // k + (i * 40503 % 65536 * (n // k) >> 16) for i in range(k)]
 
 
 # --- packed steps -----------------------------------------------------------------------------------------------------

@@ -84,13 +84,13 @@ def test_rows_inside_of_blocks(name, kind, dense):
     calls = linears(pipe, steps=3, guidance=1.0, **size(kind))
     assert calls[:2] == [rows, rows]
     beside = {path: count for path, count in rows.items() if ".norm" in path or ".ff_context." in path}
-    single = {path for path in rows if path.startswith("single")}
+    single = {path: count for path, count in rows.items() if path.startswith("single")}
     feed = {path: count for path, count in rows.items() if ".ff." in path or (kind == "pixart" and ".attn2." in path)}
     if name == "cat-faithful":
         want = kept(rows, n, math.ceil((1 - RATIO) * n))
-    else:  # FLUX's single blocks are reused whole; the paper's count is int(R N)
-        some = kept(feed, n, int((1 - RATIO) * n)) if name == "toca-faithful" else {}
-        want = {path: count for path, count in (beside | some).items() if path not in single}
+    else:  # the paper's count is int(R N); reused whole, FLUX's single blocks do not run
+        some = kept(feed | single, n, int((1 - RATIO) * n)) if name == "toca-faithful" else {}
+        want = {path: count for path, count in beside.items() if path not in single} | some
     assert calls[2] == want
 
 

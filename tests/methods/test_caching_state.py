@@ -168,7 +168,7 @@ def test_controlnet(name):
     """Its residuals are added between the blocks: what takes these as one refuses, what works inside of them does."""
     pipe, plain = tiny.controlnet(tiny.sd3()), tiny.controlnet(tiny.sd3())
     tokred.patch(pipe, **options(name))
-    if name in ("fora", "taylorseer-modules", "toca-faithful", "cat-faithful"):
+    if name in ("fora", "taylorseer-modules", "clusca", "toca-faithful", "cat-faithful"):
         far = (run(pipe, steps=4) - run(plain, steps=4)).abs().max()
         assert 1e-4 < far < 1
         return

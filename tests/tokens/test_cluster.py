@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusion_tokred.schedule import cat_counts
-from diffusion_tokred.tokens import cat_select, features, kmeans, pool, spread
+from diffusion_tokred.tokens import cat_select, draw, features, kmeans, mix, one_of_each, pool, spread
 from tests.reference import caching
 
 GRIDS = [(8, 8), (6, 9), (7, 5), (1, 11)]
@@ -184,3 +184,22 @@ def test_wrong_arguments():
     for k_total, hot, caps in [(7, 2, (1,)), (3, 4, (1,)), (3, -1, (1,)), (3, 2, ())]:
         with pytest.raises(ValueError, match=rf"hot <= k_total <= 6 tokens and a cap, got {hot}, {k_total}"):
             cat_select(x[..., 0], labels, counts, k_total, 2, hot, caps)
+
+
+def test_one_of_each_has_the_largest_draw():
+    """And every token of a cluster comes up equally often."""
+    labels = labels_of(2, 40, 6)
+    draws = torch.randint(0, 1 << 24, (5, 1, 40), generator=torch.Generator().manual_seed(1))
+    draws[4] = 7  # of equal ones the last
+    found = one_of_each(draws, labels, 7)  # the seventh has no tokens
+    assert found.shape == (5, 2, 7) and found[:, :, 6].eq(0).all()
+    for layer in range(5):
+        for row in range(2):
+            for cluster in range(6):
+                mine = [p for p in range(40) if labels[row, p] == cluster]
+                assert found[layer, row, cluster] == max(mine, key=lambda p: (int(draws[layer, 0, p]), p))
+    many = one_of_each(draw(torch.tensor(mix(3)), 6000 * 40, 1 << 24).view(6000, 1, 40), labels, 6)
+    for cluster in range(6):
+        seen = many[:, 0, cluster].bincount(minlength=40)[labels[0] == cluster]
+        expected = 6000 / len(seen)
+        assert (seen - expected).abs().max() < 5 * expected**0.5
