@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MOST_SEEDS, MOST_SETTINGS, MOST_PICTURES = 16, 12, 64
 SETTINGS = "tome:ratio=0.25\ntome:ratio=0.5\ntodo\ntoca"
-HEADS = ("setting", "seconds a call", "speed-up", "FLOPs", "tokens left out", "PSNR", "SSIM")
+HEADS = ("setting", "seconds a call", "speed-up", "FLOPs", "left out", "PSNR", "SSIM")
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Grid:
                     "tokens_saved": 0.0 if drawn.report is None else drawn.report.tokens_saved,
                     "psnr": [psnr(a, b) for a, b in zip(base, mine, strict=True)],
                     "ssim": [ssim(a, b) for a, b in zip(base, mine, strict=True)],
+                    "why_null": {"flops": "an architecture that cannot be counted"} if dense is None else {},
                 }
             )
         return found
@@ -98,7 +99,8 @@ class Grid:
         """As plain data in the schema `tokred.result/1`."""
         s = self.setup
         return result(
-            "batch", env=self.env, reduction=None, prompts=prompts_of([s.prompt]), rows=self.rows(), intervals={},
+            "batch", env=self.env, reduction=None, prompts=prompts_of([s.prompt] * len(self.sides)), rows=self.rows(),
+            intervals={},
             pipeline={"model": s.model, "steps": s.steps, "guidance": s.guidance, "width": s.width, "height": s.height,
                       "seeds": list(self.seeds)},
         )  # fmt: skip
@@ -184,10 +186,10 @@ class Batch:
                     self.width = gr.Number(width, label="Width", precision=0, min_width=90, elem_id="batch-width")
                     self.height = gr.Number(height, label="Height", precision=0, min_width=90, elem_id="batch-height")
                     self.guidance = gr.Number(3, label="Guidance", min_width=90, elem_id="batch-guidance")
+            with gr.Column(scale=7, min_width=320):
                 with gr.Row():
                     self.go = gr.Button("Run the batch", variant="primary", elem_id="batch-run")
                     self.stop = gr.Button("Stop", elem_id="batch-stop", min_width=80)
-            with gr.Column(scale=7, min_width=320):
                 self.status = gr.HTML(words.note("Each seed, unpatched and with each setting, from the same noise."),
                                       elem_id="batch-status")  # fmt: skip
                 self.grid = gr.Image(

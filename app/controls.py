@@ -13,7 +13,7 @@ import diffusion_tokred as tokred
 from diffusion_tokred import ConfigError
 from diffusion_tokred.evaluation.options import limits
 
-from .limits import UNPATCHED, Side, policy_of
+from .limits import UNPATCHED, Side, config_of, policy_of
 
 MAIN = ("ratio", "factor", "threshold", "interval")  # options that are shown at once; the rest on request
 SLIDER_MOST = 64  # a whole number with a higher limit is typed
@@ -85,7 +85,7 @@ class SideControls:
         found = {name: {option: next(given) for option in made} for name, made in self.options.items()}
         if method not in found:
             return {"method": method}
-        kinds = {f.name: type(f.default) for f in fields(type(tokred_config(method)))}
+        kinds = {f.name: type(f.default) for f in fields(type(config_of(method)))}
         options = {
             name: _integers(method, name, value) if kinds[name] is tuple else value
             for name, value in found[method].items()
@@ -119,11 +119,6 @@ class SideControls:
         if isinstance(made_for, str) and made_for in self.options:
             updates[self.method] = made_for
         return updates
-
-
-def tokred_config(method: str) -> tokred.MethodConfig:
-    """A method's config with its defaults."""
-    return next(info.config for info in tokred.methods() if info.name == method)()
 
 
 def _control(field: Field[Any], value: Any) -> Any:

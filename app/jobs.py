@@ -78,7 +78,7 @@ class Stops:
     """Who can be stopped: by the session that started it."""
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        self._guard = threading.Condition()
         self._running: dict[str, set[threading.Event]] = {}
 
     def new(self, session: str) -> threading.Event:
@@ -92,11 +92,13 @@ class Stops:
             self._running.get(session, set()).discard(stop)
             if not self._running.get(session):
                 self._running.pop(session, None)
+            self._guard.notify_all()
 
-    def stop(self, session: str) -> int:
-        """Stop all that a session runs. Returns how many that were."""
+    def stop(self, session: str, patience: float = 60.0) -> int:
+        """Stop all that a session runs, and wait until it has stopped. Returns how many that were."""
         with self._guard:
             found = list(self._running.get(session, ()))
-        for stop in found:
-            stop.set()
+            for stop in found:
+                stop.set()
+            self._guard.wait_for(lambda: not self._running.get(session, set()) & set(found), patience)
         return len(found)

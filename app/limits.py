@@ -19,7 +19,6 @@ from PIL import Image
 import diffusion_tokred as tokred
 from diffusion_tokred import ConfigError, MethodConfig, Policy
 from diffusion_tokred.evaluation import options
-from diffusion_tokred.methods import make_config
 
 UNPATCHED = "unpatched"
 MOST_STEPS = 100
@@ -101,9 +100,14 @@ class Side:
         }
 
 
+def config_of(method: str, **values: Any) -> MethodConfig:
+    """A method's config by name. Raises ConfigError: no such method or option, or a wrong value."""
+    return MethodConfig.from_dict({"_type": method, "_version": 1} | values)
+
+
 def changed(config: MethodConfig) -> dict[str, Any]:
     """The options that are not the method's defaults; the ratio or the factor in any case."""
-    plain = make_config(config.name)
+    plain = config_of(config.name)
     names = [name for name in config.to_dict() if not name.startswith("_")]
     return {
         name: getattr(config, name)
@@ -186,7 +190,7 @@ def side_of(data: Any, mask: Image.Image | str | None = None) -> Side:
             raise ConfigError("the unpatched pipeline takes no options and no policy")
         return Side()
     values = {str(name): tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
-    return _side(make_config(method, **_fitted(method, values)), policy_of(policy), mask)
+    return _side(config_of(method, **_fitted(method, values)), policy_of(policy), mask)
 
 
 def _side(config: MethodConfig, policy: Policy | None, mask: Image.Image | str | None) -> Side:
@@ -198,7 +202,7 @@ def _side(config: MethodConfig, policy: Policy | None, mask: Image.Image | str |
 
 def _fitted(method: str, values: dict[str, Any]) -> dict[str, Any]:
     """Numbers as the config wants them: JSON and sliders write 2 as 2.0."""
-    plain = make_config(method)
+    plain = config_of(method)
     for name, value in values.items():
         wanted = getattr(plain, name, None)
         if type(wanted) is int and isinstance(value, float) and math.isfinite(value) and value == int(value):

@@ -26,8 +26,9 @@ CSS = """
 .tk-note { margin: 0; font-size: .92rem; color: var(--body-text-color-subdued); }
 .tk-verdict { font-size: 1.08rem; line-height: 1.5; }
 .tk-scroll { overflow-x: auto; }
-.tk-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-.tk-table th, .tk-table td { padding: .42rem .7rem; border-width: 0 0 1px !important; white-space: nowrap;
+.tk-table { border-collapse: collapse; width: 100%; border: none !important;
+  font-size: .92rem; font-variant-numeric: tabular-nums; }
+.tk-table th, .tk-table td { padding: .42rem .6rem; border-width: 0 0 1px !important; white-space: nowrap;
   border-style: solid !important; border-color: var(--border-color-primary) !important;
   text-align: left; vertical-align: top; color: var(--body-text-color); }
 .tk-table tbody th { font-weight: 500; color: var(--body-text-color-subdued); }
@@ -50,11 +51,15 @@ CSS = """
 
 # Outside of `css`, whose media rules gradio moves inside of the page's content.
 HEAD = """<style>
+.gradio-container .tk-table, .gradio-container .tk-table :is(thead, tbody, tr) { border: 0 !important; }
 @media (max-width: 640px) {
   .gradio-container.gradio-container { padding: 0 !important; }
   .gradio-container .main.fillable.app { padding: 8px !important; }
   .gradio-container .tk-table th, .gradio-container .tk-table td { padding: .38rem .45rem; font-size: .84rem; }
   .gradio-container .tk-table tbody th { white-space: normal; }
+  .gradio-container .tk-scroll, .gradio-container .cm-editor { max-width: calc(100vw - 40px); }
+  .gradio-container [data-testid="block-label"] { max-width: 70%; overflow: hidden; white-space: nowrap; }
+  .gradio-container #history .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
   .gradio-container .tk-live figure { flex: 1 1 0; }
 }
 </style>"""
@@ -72,6 +77,7 @@ def theme() -> gr.themes.Base:
     ).set(
         body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
         block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400",
-        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_600",
+        button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700", button_primary_background_fill_hover_dark="*primary_800",
         button_large_text_size="*text_md",
     )  # fmt: skip

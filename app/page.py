@@ -78,7 +78,7 @@ class Page:
                         )
                         self.results = Results()
                         self.gallery = gr.Gallery(
-                            label="History of this session: click to restore", columns=3, height=240, format="png",
+                            label="History of this session: click to restore", columns=4, height=240, format="png",
                             allow_preview=False, visible=False, elem_id="history", object_fit="contain",
                             fit_columns=False,
                         )  # fmt: skip
@@ -136,7 +136,7 @@ class Page:
         self.results.connect(self.current)
         for controls in (self.a, self.b):
             controls.upload.upload(
-                answered(controls.load), controls.upload, controls.inputs, queue=False, **private
+                answered(controls.load), controls.upload, controls.inputs, concurrency_limit=None, **private
             )  # fmt: skip
         shown = [self.status, *self.results.components, self.current, self.past, self.gallery]
         model: dict[str, Any] = dict(concurrency_limit=1, concurrency_id=QUEUE, api_visibility="private")
@@ -151,7 +151,8 @@ class Page:
         self.stop.click(self.stop_all, None, self.status, queue=False, cancels=list[Any](began), **private)
         self.gallery.select(
             answered(self._restore), [self.past, self.results.gain],
-            [self.model, *self.inputs[1:8], *self.a.inputs, *self.b.inputs, *shown[:-2]], queue=False, **private,
+            [self.model, *self.inputs[1:8], *self.a.inputs, *self.b.inputs, *shown[:-2]], concurrency_limit=None,
+            **private,
         )  # fmt: skip
         usual = [self.steps, self.guidance, self.width, self.height]
         self.model.change(self._chosen, self.model, [self.state, self.timer, *usual], queue=False, **private)

@@ -131,7 +131,7 @@ class Result:
             env=self.env,
             pipeline=self.pipeline,
             reduction={letter: drawn.side.to_dict() for letter, drawn in zip(LETTERS, self.sides, strict=True)},
-            prompts=prompts_of([self.setup.prompt]),
+            prompts=prompts_of([self.setup.prompt] * len(rows)),
             rows=rows,
             intervals=intervals,
         )

@@ -60,7 +60,7 @@ def serve(
     page.launch(
         server_name=host, server_port=port, share=share, auth=user, theme=theme(), css=CSS, head=HEAD, show_error=True,
         max_file_size=UPLOAD, footer_links=["api", "settings"], prevent_thread_lock=not block, quiet=not block,
-        state_session_capacity=100, enable_monitoring=False, ssr_mode=False,
+        state_session_capacity=32, enable_monitoring=False, ssr_mode=False,
     )  # fmt: skip
     return page
 

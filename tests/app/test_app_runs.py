@@ -20,6 +20,7 @@ from diffusion_tokred.app.limits import Setup, Side, side_of
 from diffusion_tokred.app.models import Model, Models
 from diffusion_tokred.app.page import kept_of
 from diffusion_tokred.app.runs import Result, Stopped, Tick, compare
+from tests.evaluation.test_compare import check_schema
 
 SETUP = Setup("toy-sd", "a red star on a plain gray background", 5, 4, 64, 64, 3.0, 2)
 PLAIN, HALF = Side(), side_of("tome:ratio=0.5,levels=0,1")
@@ -140,7 +141,7 @@ def test_a_job_waits_for_its_turn_and_can_be_stopped_there() -> None:
     lock, stop, stops = threading.Lock(), threading.Event(), Stops()
     stop = stops.new("session")
     with lock:
-        threading.Timer(0.1, lambda: stops.stop("session")).start()
+        threading.Timer(0.1, lambda: stops.stop("session", patience=1)).start()
         job = Job(lambda tell, stop: pytest.fail("it ran"), lock, stop)
         assert list(job) == []
         with pytest.raises(Stopped):
@@ -185,7 +186,7 @@ def test_the_figures_are_the_reports(model: Model, found: Result) -> None:
     rows = found.to_dict()["rows"]
     assert rows[0]["flops"] == report.flops_dense and rows[1]["flops"] == report.flops
     assert rows[1]["tokens_saved"] == report.tokens_saved
-    assert found.to_dict()["schema"] == "tokred.result/1"
+    check_schema(found.to_dict())
 
 
 def test_tokens_are_drawn_where_they_are() -> None:
@@ -267,7 +268,7 @@ def test_a_batch(model: Model) -> None:
     rows = grid.rows()
     assert rows[0]["psnr"] == [float("inf")] * 2 and rows[1]["tokens_saved"] > 0.4
     assert rows[1]["speedup"]["n"] == 2 and rows[1]["flops"] < rows[1]["flops_unpatched"] == rows[0]["flops"]
-    assert grid.to_dict()["kind"] == "batch"
+    check_schema(grid.to_dict())
     assert "todo" in grid.table() and sum(told[-1] is message for message in told) >= 1
     assert grid.picture().width > 3 * 64
 
