@@ -217,8 +217,8 @@ def test_previews(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = torch.nn.functional.interpolate(colours, scale_factor=32, mode="nearest")
     with torch.no_grad():
         z = vae.encode(pixels * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
-        decoded = vae.decode(z / vae.config.scaling_factor).sample[0]
-    shown = np.asarray(previews.preview(model, z, 256, 256), dtype=float)
+        decoded = vae.decode(z[..., :16, :16] / vae.config.scaling_factor).sample[0]
+    shown = np.asarray(previews.preview(model, z[..., :16, :16], 64, 64), dtype=float)
     assert np.abs(shown - ((decoded / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()).max() <= 0.5
     monkeypatch.setattr(previews, "CHEAP", 0)
     linear = np.asarray(previews.preview(model, z, 256, 256), dtype=float)
