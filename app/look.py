@@ -55,8 +55,8 @@ HEAD = """<style>
 @media (max-width: 640px) {
   .gradio-container.gradio-container { padding: 0 !important; }
   .gradio-container .main.fillable.app { padding: 8px !important; }
-  .gradio-container .tk-table th, .gradio-container .tk-table td { padding: .38rem .45rem; font-size: .84rem; }
-  .gradio-container .tk-table tbody th { white-space: normal; }
+  .gradio-container .tk-table :is(th, td) { padding: .38rem .4rem !important; font-size: .82rem !important; }
+  .gradio-container .tk-table :is(th) { white-space: normal !important; min-width: 5.5rem; }
   .gradio-container .tk-scroll, .gradio-container .cm-editor { max-width: calc(100vw - 40px); }
   .gradio-container [data-testid="block-label"] { max-width: 70%; overflow: hidden; white-space: nowrap; }
   .gradio-container #history .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }

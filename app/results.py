@@ -42,7 +42,7 @@ class Results:
                     [], label="What is shown", filterable=False, visible=False, elem_id="layer", interactive=True
                 )
                 self.step = gr.Slider(
-                    0, 1, 0, step=1, label="Step: drag to scrub", visible=False, elem_id="step", interactive=True
+                    1, 2, 1, step=1, label="Step: drag to scrub", visible=False, elem_id="step", interactive=True
                 )
                 self.legend = gr.HTML(words.note("Each token, at each step: shown after a run with a method."))
                 self.tokens = gr.Image(
@@ -85,7 +85,7 @@ class Results:
         """Everything that a result fills."""
         choices = [name for name, _, _ in _layers(found)]
         last = len(_steps(found, choices[-1])) - 1 if choices else 0
-        step = last // 2
+        step = 1 + last // 2
         picture, legend = self._tokens(found, choices[-1] if choices else "", step)
         updates: dict[Any, Any] = {
             self.verdict: words.verdict(found),
@@ -94,7 +94,7 @@ class Results:
             ),
             self.heat: self._heat(found, gain),
             self.layer: gr.update(choices=choices, value=choices[-1] if choices else None, visible=len(choices) > 1),
-            self.step: gr.update(maximum=max(last, 1), value=step, visible=bool(choices)),
+            self.step: gr.update(maximum=max(last + 1, 2), value=step, visible=bool(choices)),
             self.legend: legend,
             self.tokens: gr.update(value=picture, visible=bool(choices)),
             self.figures: words.figures(found),
@@ -113,11 +113,9 @@ class Results:
 
     def _tokens(self, found: Result | None, layer: str | None, step: float | None) -> tuple[Any, str]:
         for name, place, at in [] if found is None else _layers(found):
-            drawn = (found.a, found.b)[place] if found else None
-            if name == layer and drawn is not None and drawn.report is not None:
-                map = drawn.report.token_map
-                assert map is not None
-                index = min(max(int(step or 0), 0), len(map) - 1)
+            drawn = found.sides[place]  # type: ignore[union-attr]
+            if name == layer and drawn.report is not None and (map := drawn.report.token_map) is not None:
+                index = min(max(int(step or 1), 1), len(map)) - 1
                 noise = next((s for s in drawn.report.steps if s.index == index), None)
                 text = f"{LETTERS[place]}, step {index + 1} of {len(map)}"
                 if noise is not None:

@@ -69,6 +69,9 @@ def verdict(found: Result) -> str:
 
 def faster(speed: Spread) -> str:
     """Such as "B is 1.25x faster (1.21-1.30)"; a slow-down is said as one."""
+    if f"{speed.median:.2f}" == "1.00":
+        spread = f" ({speed.low:.2f}–{speed.high:.2f}×)" if speed.n > 1 else ""
+        return f"B is as fast as A{spread}"
     if speed.median < 1:
         spread = f" ({1 / speed.high:.2f}–{1 / speed.low:.2f})" if speed.n > 1 else ""
         return f"B is {1 / speed.median:.2f}× slower{spread}"

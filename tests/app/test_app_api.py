@@ -15,9 +15,11 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from typer.testing import CliRunner
 
 import diffusion_tokred as tokred
 from diffusion_tokred.app import serve
+from diffusion_tokred.cli import app
 
 CALL: dict[str, Any] = dict(
     prompt="a red star on a plain gray background", a="unpatched", b="tome:ratio=0.5", seed=0, steps=2, width=64,
@@ -189,3 +191,17 @@ def test_a_stranger_is_not_let_in() -> None:
         assert "toy-sd" in known.predict(api_name="/models")
     finally:
         running.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--share"], "--auth user:password"), (["--auth", "ada"], "user:password"), (["--queue-size", "0"], "queue")],
+)
+def test_the_command_refuses_in_one_line(words: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["app", *words])
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_taken_port_is_one_line(page: Any) -> None:
+    done = CliRunner().invoke(app, ["app", "--port", str(page.server_port)])
+    assert done.exit_code == 2 and str(page.server_port) in done.stderr and "Traceback" not in done.output

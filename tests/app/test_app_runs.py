@@ -246,6 +246,7 @@ def test_a_slow_down_is_said_as_one(found: Result) -> None:
     from diffusion_tokred.evaluation.metrics import Spread
 
     assert words.faster(Spread(0.8, 0.75, 0.9, 3)) == "B is 1.25× slower (1.11–1.33)"
+    assert words.faster(Spread(0.998, float("nan"), float("nan"), 1)) == "B is as fast as A"
     assert words.faster(Spread(1.25, 1.2, 1.3, 3)) == "B is 1.25× faster (1.20–1.30)"
 
 
