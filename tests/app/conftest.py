@@ -40,4 +40,4 @@ def page() -> Iterator[Any]:
 def client(page: Any) -> Any:
     from gradio_client import Client
 
-    return Client(page.local_url, verbose=False, analytics_enabled=False)
+    return Client(page.local_url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 120})

@@ -153,7 +153,7 @@ def test_who_may_come_in() -> None:
 @pytest.mark.slow
 def test_ten_users_at_once(page: Any) -> None:
     def user(seed: int) -> tuple[bytes, str]:
-        client = Client(page.local_url, verbose=False, analytics_enabled=False)
+        client = Client(page.local_url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 120})
         a, _, found, _ = client.predict(**(CALL | {"seed": seed}))
         return Image.open(a).convert("RGB").tobytes(), found["rows"][0]["noise"]
 
@@ -167,7 +167,7 @@ def test_ten_users_at_once(page: Any) -> None:
 def test_a_full_queue_is_a_message() -> None:
     running = serve(("toy-sd",), block=False, queue_size=1)
     try:
-        first = Client(running.local_url, verbose=False, analytics_enabled=False)
+        first = Client(running.local_url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 120})
         jobs = [first.submit(**(CALL | {"steps": 60})) for _ in range(6)]
         said = []
         for job in jobs:
@@ -186,8 +186,16 @@ def test_a_stranger_is_not_let_in() -> None:
     try:
         assert httpx.get(f"{running.local_url}config").status_code == 401
         with pytest.raises((AppError, ValueError, httpx.HTTPError)):
-            Client(running.local_url, verbose=False, analytics_enabled=False).predict(api_name="/models")
-        known = Client(running.local_url, auth=("ada", "secret"), verbose=False, analytics_enabled=False)
+            Client(running.local_url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 120}).predict(
+                api_name="/models"
+            )
+        known = Client(
+            running.local_url,
+            auth=("ada", "secret"),
+            verbose=False,
+            analytics_enabled=False,
+            httpx_kwargs={"timeout": 120},
+        )
         assert "toy-sd" in known.predict(api_name="/models")
     finally:
         running.close()
