@@ -11,12 +11,12 @@ from typing import Any
 from PIL import Image
 
 import diffusion_tokred as tokred
-from diffusion_tokred import Policy
+from diffusion_tokred import MethodConfig, Policy
 
 from .limits import Side, changed
 from .runs import LETTERS, Drawn, Result
 
-_META = {"_type", "_version", "points", "method", "model", "scheduler", "measured"}
+_REMARKS = ("method", "model", "scheduler", "measured", "library")  # of a policy; the config says the method here
 
 
 def code(found: Result) -> str:
@@ -66,9 +66,7 @@ def _drawing(name: str, side: Side) -> list[str]:
     """Lines that draw one side into a variable."""
     if side.config is None:
         return [f"{name} = draw()  # unpatched", ""]
-    given = [f'method="{side.config.name}"']
-    given += [f"{option}={_literal(value)}" for option, value in changed(side.config).items()]
-    lines = []
+    lines, given = [], [_config(side.config)]
     if side.policy is not None:
         given.append(f"policy={_policy(side.policy)}")
     if side.mask is not None:
@@ -92,9 +90,8 @@ def _drawing(name: str, side: Side) -> list[str]:
 
 
 def policy_of(found: Result, drawn: Drawn) -> Policy | None:
-    """What a side does as a policy, with the method's options, the model and what was measured; None if unpatched."""
-    config = drawn.side.config
-    if config is None:
+    """What a side does as a policy that says what it is for, and what was measured; None if unpatched."""
+    if drawn.policy is None:
         return None
     speed = found.speedup
     measured: dict[str, Any] = {
@@ -105,23 +102,28 @@ def policy_of(found: Result, drawn: Drawn) -> Policy | None:
     if speed is not None and drawn is found.b:
         measured["speedup"] = round(speed.median, 4)
         measured["speedup_to"] = found.a.side.name
-    rule = drawn.side.policy or Policy.constant(config.share, config.asks)
-    return replace(
-        rule, method=config.to_dict(), model=found.setup.model, scheduler=found.pipeline["scheduler"], measured=measured
-    )
+    return replace(drawn.policy, measured=measured)
 
 
 def policy_text(found: Result, drawn: Drawn) -> str | None:
     """`policy_of` as JSON, as `Policy.save` writes it."""
     policy = policy_of(found, drawn)
-    return None if policy is None else json.dumps(policy.to_dict(), indent=2, allow_nan=False) + "\n"
+    return None if policy is None else policy.to_json()
+
+
+def _config(config: MethodConfig) -> str:
+    """A config's constructor: a method's name alone would mean what was measured for the model's family."""
+    name = type(config).__name__
+    if getattr(tokred, name, None) is type(config):
+        return f"tokred.{name}({', '.join(f'{k}={_literal(v)}' for k, v in changed(config).items())})"
+    return f"tokred.MethodConfig.from_dict({_literal(config.to_dict())})"
 
 
 def _policy(policy: Policy) -> str:
-    data = policy.to_dict()
-    if set(data) <= _META:
+    data = {key: value for key, value in policy.to_dict().items() if key not in _REMARKS}
+    if set(data) == {"_type", "_version", "points"}:
         return _literal([tuple(point) for point in policy.points])
-    return f"tokred.Policy.from_dict({_literal({k: v for k, v in data.items() if k != 'measured'})})"
+    return f"tokred.Policy.from_dict({_literal(data)})"
 
 
 def _literal(value: Any) -> str:

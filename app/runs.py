@@ -47,7 +47,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A side's picture and what it cost. `noise`: of the first input of the denoiser, which is the initial noise.
+    """A side's picture and what it cost. `noise`: of the first input of the denoiser, which is the initial noise;
+    `policy`: what the side did, with what it is for.
 
     `seconds`: of whole calls; empty if nothing was timed. `kept`: drawn by an earlier run, and not timed with the other
     side. `repeatable`: every call of it drew the same picture.
@@ -57,6 +58,7 @@ class Drawn:
     picture: Image.Image
     noise: str
     report: tokred.Report | None
+    policy: tokred.Policy | None
     flops: int | None
     cache_bytes: int
     seconds: tuple[float, ...] = ()
@@ -183,7 +185,7 @@ class Runner:
             raise StateError(f"{type(self.model.pipe).__name__} never called its denoiser")
         flops, cache = self._counted(side, found)
         noise = hashlib.sha256(first[0].float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16] if first else ""
-        return Drawn(side, picture, noise, found, flops, cache)
+        return Drawn(side, picture, noise, found, self._policy(side), flops, cache)
 
     def time(self, side: Side, place: int) -> tuple[Image.Image, float]:
         """A timed call: nothing is recorded or shown in it; the hook that can stop it is the same for both sides."""
@@ -260,6 +262,13 @@ class Runner:
         left = passed * (1 - share) / share if share > 0.02 else None
         self.tell(Tick(what, share, left, place, picture))
 
+    def _policy(self, side: Side) -> tokred.Policy | None:
+        """What a side does, with its method, for this model."""
+        if side.config is None:
+            return None
+        rule = side.policy or tokred.Policy.constant(side.config.share, side.config.asks)
+        return rule.for_pipe(self.model.pipe, side.config)
+
     def _counted(self, side: Side, report: tokred.Report | None) -> tuple[int | None, int]:
         """FLOPs of the denoiser over the run, and the most bytes kept from step to step. Dry, but for the report."""
         common: dict[str, Any] = dict(
@@ -272,7 +281,7 @@ class Runner:
             except (ConfigError, UnsupportedError):
                 return None, 0
             return found.flops["total"][0], 0
-        found = tokred.explain(self.model.pipe, side.config, policy=side.policy, **common)
+        found = tokred.explain(self.model.pipe, **side.arguments(), **common)
         return report.flops, found.cache_bytes
 
     def _synchronize(self) -> None:

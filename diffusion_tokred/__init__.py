@@ -30,11 +30,12 @@ if TYPE_CHECKING:
         ToMeConfig,
         register_method,
     )
-    from .patching import methods, patch, patched, report, unpatch
+    from .patching import methods, patch, patched, protect, report, unpatch
     from .processors import ClusterPruneAttnProcessor, ToDoAttnProcessor, TokenCacheAttnProcessor, ToMeAttnProcessor
     from .runtime.stats import Report, StepRecord
     from .schedule.policy import Policy
     from .stepping import steps
+    from .tuning import Tuned, tune
 
 from .version import __version__ as __version__
 
@@ -63,16 +64,19 @@ __all__ = [
     "ToMeAttnProcessor",
     "ToMeConfig",
     "TokenCacheAttnProcessor",
+    "Tuned",
     "UnsupportedError",
     "coverage",
     "explain",
     "methods",
     "patch",
     "patched",
+    "protect",
     "register_backbone",
     "register_method",
     "report",
     "steps",
+    "tune",
     "unpatch",
     "zoo",
 ]
@@ -99,7 +103,7 @@ _HOMES = {
         "ToMeConfig",
         "register_method",
     ),
-    "patching": ("methods", "patch", "patched", "report", "unpatch"),
+    "patching": ("methods", "patch", "patched", "protect", "report", "unpatch"),
     "processors": (
         "ClusCaConfig",
         "ClusterPruneAttnProcessor",
@@ -110,6 +114,7 @@ _HOMES = {
     "runtime.stats": ("Report", "StepRecord"),
     "schedule.policy": ("Policy",),
     "stepping": ("steps",),
+    "tuning": ("Tuned", "tune"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

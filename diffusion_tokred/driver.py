@@ -13,12 +13,10 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import Backbone, Layout
@@ -26,6 +24,8 @@ from .errors import ConfigError
 from .measure.flops import Flops
 from .methods import Method
 from .runtime.ledger import Ledger
+from .runtime.record import TokenRecord
+from .runtime.regions import Regions
 from .runtime.site import BlockKeeper, GridKeeper, Level, Site
 from .runtime.stats import Report, StepRecord
 from .runtime.store import Memory
@@ -53,8 +53,10 @@ class Driver:
         seed: int,
         record: str | None,
         budget: int | None = None,
+        regions: Regions | None = None,
     ) -> None:
         self.budget = budget  # bytes that may be kept from step to step
+        self.regions = regions or Regions()
         self.denoiser, self.backbone, self.layout, self.sites = denoiser, backbone, layout, sites
         self.method, self.policy, self.seed, self.record = method, policy, seed, record
         self.levels = [level for level in layout.levels if any(site.level is level for site in sites)]
@@ -71,10 +73,11 @@ class Driver:
         self.info: StepInfo | None = None
         self._allowed: set[tuple[str, float]] = set()
         self._memories: dict[tuple[Any, ...], Memory] = {}
-        self.decided = ("full", 0.0)
-        self._maps: list[tuple[int, str, dict[int, Tensor]]] = []
+        self.decided, self.decider = ("full", 0.0), 0  # mode and ratio of the step, and the level that they are of
+        self.spared: dict[int, tuple[float, float]] = {}  # level -> ratio asked for, and at most done: of this step
+        self._tokens = TokenRecord()
         self._counts: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
-        self._started = 0.0
+        self._started, self._told = 0.0, False
         self._thread: int | None = None  # the one whose step is on
 
     # --- installing and removing ---------------------------------------------------------------------------------
@@ -120,14 +123,23 @@ class Driver:
         if info.new_run:
             self._close()
             self.report = Report(self.method.name, self.method.config.to_dict(), type(denoiser).__name__)
+            if self.regions.begin():
+                self._counts.clear()
             if not getattr(self.policy, "is_dense", False) and (reason := self.method.rests(info.total)):
                 warnings.warn(reason, stacklevel=2)
+            self._told = False
         self.info = info
         inputs = self._inputs(args, kwargs)
         sample = self.backbone.latent(inputs)
         self.backbone.observe(self.layout, denoiser, inputs)
+        frames = self.backbone.stacked(self.layout, inputs)
+        for level in self.levels:
+            self.regions.arrive(level, info.batch // info.halves, frames, sample.device, info)
         self._remember(info, inputs, sample.device)
         self.decide(info.index, info.total, info.u)
+        if self.spared and not self._told:
+            self._told = True
+            warnings.warn(self.growth(), stacklevel=2)
         for site in self.sites:
             if not site.plan.idle:
                 site.check(inputs)
@@ -161,12 +173,7 @@ class Driver:
             self.method.observe(self.levels[0], tokens, self.info.index)
         self.report.steps.append(self._record(self.info, inputs, seconds))
         if self.record == "tokens":
-            seen = {level.index: level.status for level in self.levels if level.status is not None}
-            for half in range(self.info.halves):
-                name = self.info.pass_key if self.info.halves == 1 else f"{self.info.pass_key}.{half}"
-                row = half * (self.info.batch // self.info.halves)
-                maps = {index: status[row].reshape(self._grid(index)).cpu() for index, status in seen.items()}
-                self._maps.append((self.info.index, name, maps))
+            self._tokens.add(self.info, self.levels)
 
     def finish(self, whole: bool = True) -> None:
         """The run, if one is on, is over, or was broken off: the next call begins another."""
@@ -186,11 +193,16 @@ class Driver:
         try:
             with self._context(*args, **kwargs) as value:
                 yield value
+        except KeyboardInterrupt:  # it passes no hook of torch's
+            self._leave()
+            self.finish(False)
+            raise
         finally:
             self.tracker.context = before
 
     def _leave(self) -> None:
-        """Out of the denoiser's call. (A KeyboardInterrupt does not pass `after`, so `remove` comes here too.)"""
+        """Out of the denoiser's call. (A KeyboardInterrupt does not pass `after`: it comes here from `cache_context`,
+        where the pipeline has one, else from the next call or from `remove`.)"""
         self._thread = None
         for site in self.sites:
             site.leave()
@@ -238,13 +250,13 @@ class Driver:
         for site in sites:
             memory.slots |= site.slots()
         if self.budget is not None and level.grid is not None:
-            ratio, dtype = self.method.config.share, dtype_of(self.denoiser)
+            ratio, dtype = self.method.config.share, self.method.store or dtype_of(self.denoiser)
             memory.need = sum(self.method.stored(site, level.grid, ratio, batch, dtype, text) for site in sites)
             need = memory.need + sum(other.need for other in self._memories.values())
             if need > self.budget:
                 raise ConfigError(
                     f"{self.method.name} would keep {need:,} bytes from step to step here, more than cache_budget="
-                    f"{self.budget:,}: raise it, or keep less (see `explain`, and the method's options)"
+                    f"{self.budget:,}: raise it, or keep less ({self.method.lighter()})"
                 )
         return memory
 
@@ -256,6 +268,7 @@ class Driver:
         """Set the plan of each site: what the policy asks for, and what the method makes of it."""
         led: set[int] = set()
         steps: dict[tuple[int, tuple[str, float]], tuple[str, float]] = {}
+        self.spared = {}
         keeps = self.keeping(total)
         for site in self.sites:
             asked = self.policy.at(u, site.level.index, site.kind, site.block.index)
@@ -264,8 +277,11 @@ class Driver:
                 self._allowed.add(asked)
             memory, place = site.level.memory, (site.level.index, asked)
             if place not in steps:
-                steps[place] = self.method.step(memory.clock, index, total, *asked)
-            mode, ratio = self.method.part(site, index, total, *steps[place])
+                planned = self.method.step(memory.clock, index, total, *asked)
+                steps[place] = self.method.spare(site, *planned)
+                if planned[0] == "reduce" and steps[place] != planned:
+                    self.spared[site.level.index] = planned[1], steps[place][1]
+            mode, ratio = self.method.spare(site, *self.method.part(site, index, total, *steps[place]))
             site.leader = mode != "full" and site.level.index not in led
             site.plan.set(mode, ratio, keep=keeps)
             site.plan.refresh = (
@@ -278,7 +294,17 @@ class Driver:
             for (where, _), (mode, _) in steps.items():
                 if where == level.index:
                     level.memory.clock.turn(index, mode)
-        self.decided = next((step for step in steps.values() if step[0] != "full"), ("full", 0.0))
+        reduced = [(place, step) for (place, _), step in steps.items() if step[0] != "full"]
+        # Where rules ask for different ones, the step is named after the largest ratio.
+        self.decider, self.decided = max(reduced, key=lambda found: found[1][1], default=(0, ("full", 0.0)))
+
+    def shown(self, grids: Mapping[int, tuple[int, int]]) -> tuple[str, float]:
+        """Mode and ratio of the step, as it comes to on these grids."""
+        return self.realised(*self.decided, grids[self.decider]) if self.decider in grids else self.decided
+
+    def realised(self, mode: str, ratio: float, grid: tuple[int, int]) -> tuple[str, float]:
+        """A plan, with the ratio that is left where the method snaps counts of tokens."""
+        return mode, self.method.snapped(grid, ratio) if mode == "reduce" else ratio
 
     def _prepare(self, info: StepInfo) -> None:
         """Let the method make what the plans need."""
@@ -304,7 +330,7 @@ class Driver:
         """
         steps = self.report.steps if self.report is not None else []
         if self.report is not None and steps and (finished or steps[-1].total in (None, steps[-1].index + 1)):
-            self.report.token_map = self._token_map()
+            self.report.token_map = self._tokens.result(self.levels)
             REPORTS[self.denoiser] = self.report
 
     def _close(self, finished: bool = False) -> None:
@@ -312,12 +338,16 @@ class Driver:
         self.publish(finished)
         self.report = self.info = None
         self._memories.clear()
-        self._maps.clear()
+        self._tokens = TokenRecord()
         for level in self.levels:
             level.memory, level.scratch, level.status, level.key = Memory(), {}, None, None
 
-    def _grid(self, index: int) -> tuple[int, int]:
-        return next(level.grid for level in self.levels if level.index == index and level.grid is not None)
+    def growth(self) -> str:
+        """What a step does for the protected tokens that the method would not do by itself."""
+        return "; ".join(
+            f"protect: at level {level} the ratio is {done:.3g} instead of {asked:g}, for the protected tokens' sake"
+            for level, (asked, done) in self.spared.items()
+        )
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The denoiser's arguments by name."""
@@ -331,15 +361,14 @@ class Driver:
             self._counts[key] = self._count(*size)
         total, computed, flops, dense = self._counts[key]
         return StepRecord(
-            info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma, *self.decided,
+            info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma,
+            *self.shown(self._grids(*size[:2])),
             total, computed, flops, dense, seconds,
         )  # fmt: skip
 
     def _count(self, height: int, width: int, batch: int, text: int) -> tuple[int, int, int, int]:
         """Tokens and FLOPs of the step: total and computed, reduced and dense."""
-        levels = self.layout.levels
-        grids = {v.index: g for v, g in zip(levels, self.backbone.grids(self.denoiser, height, width), strict=True)}
-        grids |= {level.index: level.grid for level in self.levels if level.grid is not None}
+        grids = self._grids(height, width)
         work = self.method.works(self.sites, grids)
         total = sum(grids[site.level.index][0] * grids[site.level.index][1] for site in self.sites)
         computed = total
@@ -351,19 +380,11 @@ class Driver:
         reduced = self.flops.call(height, width, batch, text, grids, work)
         return total, computed, reduced, dense
 
-    def _token_map(self) -> np.ndarray | None:
-        """uint8 [step, pass, level, h, w] on the largest level's grid, from the maps of the steps."""
-        if not self._maps:
-            return None
-        steps, passes = max(m[0] for m in self._maps) + 1, list(dict.fromkeys(m[1] for m in self._maps))
-        h, w = self._grid(min(level.index for level in self.levels))
-        result = np.zeros((steps, len(passes), len(self.levels), h, w), dtype=np.uint8)
-        for step, name, maps in self._maps:
-            for place, level in enumerate(self.levels):
-                if level.index in maps:
-                    full = F.interpolate(maps[level.index][None, None].float(), size=(h, w), mode="nearest")
-                    result[step, passes.index(name), place] = full[0, 0].to(torch.uint8).numpy()
-        return result
+    def _grids(self, height: int, width: int) -> dict[int, tuple[int, int]]:
+        """Of each level, for latents of this size."""
+        levels = self.layout.levels
+        grids = {v.index: g for v, g in zip(levels, self.backbone.grids(self.denoiser, height, width), strict=True)}
+        return grids | {level.index: level.grid for level in self.levels if level.grid is not None}
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -4,154 +4,34 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from .auto import AUTO
 from .backbones.base import Backbone, default_of
+from .defaults import measured_default, origin
 from .driver import Driver
 from .errors import ConfigError, UnsupportedError
+from .explanation import Explanation, LevelLine, SiteLine, StepLine
+from .measure.operations import operations
+from .measure.prediction import Prediction, seconds
+from .measure.roofline import Calibration, calibration
 from .methods import MethodConfig, make_method
-from .patching import denoisers, plan, resolve, rule_of
+from .patching import denoisers, plan
+from .ruling import settle
+from .runtime.regions import Regions
 from .runtime.site import Site
 from .runtime.work import Work
 from .schedule.noise import noise_levels
 from .schedule.policy import Policy
+from .schedule.rules import Rule
 
 MIN_CEILING = 1.05  # below it a method cannot pay
 MIN_TOKENS = 1000  # of a level: below it launches and copies eat what is saved
 _ATTENTION_CEILING = 1.25  # attention-only methods on UNets with less than this: say what flash attention leaves
-
-
-@dataclass(frozen=True)
-class SiteLine:
-    """A site. `tokens`: of the image; `queries`, `keys`: rows left of them (text tokens, where only those are keys).
-
-    `reason`: why the method leaves it alone, None where it acts. FLOPs are those of the step shown.
-    """
-
-    name: str
-    kind: str
-    level: int
-    block: int
-    reason: str | None
-    tokens: int
-    queries: int
-    keys: int
-    flops_dense: int
-    flops: int
-
-
-@dataclass(frozen=True)
-class LevelLine:
-    """A level: its grid (h, w), and `queries` and `keys` left of its `tokens` at the `used` of its `sites`."""
-
-    level: int
-    grid: tuple[int, int]
-    tokens: int
-    queries: int
-    keys: int
-    sites: int
-    used: int
-
-
-@dataclass(frozen=True)
-class StepLine:
-    """A step of the plan. `fresh`: a decision that is kept over steps (a matching, say) is made anew."""
-
-    index: int
-    u: float
-    mode: str
-    ratio: float
-    fresh: bool
-    flops: int
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a method would do; nothing was run, nothing was timed. FLOPs (2 a multiply-add) are of the whole batch.
-
-    Attributes:
-        method, config, model: as in `Report`.
-        height, width: of the latents; batch: rows of a step, guidance included; text_tokens: of a prompt.
-        calls: denoiser calls that `flops` adds up: 1, or the steps of the run.
-        sites, levels: see their classes; with several steps, at the step with the largest ratio.
-        flops: kind of site -> (dense, reduced), with "method" (what the method spends itself, on matching), "rest"
-            (outside of sites) and "total".
-        ceiling: the FLOP ratio if what the method touches cost nothing.
-        cache_bytes: the most that it keeps from step to step.
-        steps: the plan step by step, if `num_inference_steps` was given.
-        warnings: sentences.
-    """
-
-    method: str
-    config: dict[str, Any]
-    model: str
-    height: int
-    width: int
-    batch: int
-    text_tokens: int
-    calls: int
-    sites: tuple[SiteLine, ...]
-    levels: tuple[LevelLine, ...]
-    flops: dict[str, tuple[int, int]]
-    ceiling: float
-    cache_bytes: int
-    steps: tuple[StepLine, ...]
-    warnings: tuple[str, ...]
-
-    @property
-    def flop_ratio(self) -> float:
-        """Dense FLOPs / reduced FLOPs. Not a speed-up."""
-        dense, reduced = self.flops["total"]
-        return dense / reduced
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values, with `flop_ratio`."""
-        data = asdict(self) | {"flop_ratio": self.flop_ratio}
-        for name in ("sites", "levels", "steps", "warnings"):
-            data[name] = list(data[name])
-        data["levels"] = [line | {"grid": list(line["grid"])} for line in data["levels"]]
-        data["flops"] = {kind: list(pair) for kind, pair in self.flops.items()}
-        data["steps"] = [s | {"u": None if math.isnan(s["u"]) else s["u"]} for s in data["steps"]]
-        return data
-
-    def table(self) -> str:
-        """Plain text."""
-        what = "one denoiser call" if self.calls == 1 else f"{self.calls} denoiser calls"
-        lines = [
-            f"{self.method} on {self.model}: latents {self.height}x{self.width}, batch {self.batch}, "
-            f"{self.text_tokens} text tokens, {what}",
-            "",
-            f"{'level':>5} {'grid':>9} {'tokens':>8} {'queries':>8} {'keys':>8} {'sites used':>12}",
-        ]
-        for v in self.levels:
-            grid, used = f"{v.grid[0]}x{v.grid[1]}", f"{v.used} of {v.sites}"
-            lines.append(f"{v.level:>5} {grid:>9} {v.tokens:>8} {v.queries:>8} {v.keys:>8} {used:>12}")
-        lines += ["", f"{'GFLOP':>16} {'dense':>12} {'reduced':>12} {'saved':>7}"]
-        for kind, (dense, reduced) in self.flops.items():
-            saved = f"{1 - reduced / dense:.1%}" if dense else "-"
-            lines.append(f"{kind:>16} {dense / 1e9:>12.3f} {reduced / 1e9:>12.3f} {saved:>7}")
-        lines += [
-            "",
-            f"FLOP ratio {self.flop_ratio:.3f}x, ceiling {self.ceiling:.3f}x (if what {self.method} touches cost "
-            "nothing). FLOP ratios are not speed-ups.",
-            f"Kept from step to step: {self.cache_bytes:,} bytes.",
-        ]
-        if reasons := Counter(site.reason for site in self.sites if site.reason):
-            lines += ["", "Left alone:", *(f"{n:>5} x {reason}" for reason, n in reasons.items())]
-        if self.steps:
-            lines += ["", f"{'step':>5} {'u':>6} {'mode':>8} {'ratio':>6} {'GFLOP':>12}"]
-            for s in self.steps:
-                u = "-" if math.isnan(s.u) else f"{s.u:.3f}"
-                lines.append(f"{s.index:>5} {u:>6} {s.mode:>8} {s.ratio:>6.3f} {s.flops / 1e9:>12.3f}")
-        return "\n".join([*lines, *(["", *(f"! {text}" for text in self.warnings)] if self.warnings else [])])
-
-    def __str__(self) -> str:
-        return self.table()
 
 
 def explain(
@@ -168,12 +48,14 @@ def explain(
     dtype: torch.dtype | None = None,
     text_tokens: int | None = None,
     num_frames: int | None = None,
+    time: bool | Calibration = False,
+    protect: Any = None,
     **options: Any,
 ) -> Explanation:
     """Say what `patch` with these arguments would do, and what it would save. Runs nothing and changes nothing.
 
     Args:
-        target, config, method, policy, options: as in `patch`.
+        target, config, method, policy, protect, options: as in `patch`.
         height, width: in pixels for a pipeline, of the latents for a denoiser; default: the pipeline's own, or the
             denoiser's native size.
         num_inference_steps: count a run of so many steps, planned with a copy of the pipeline's scheduler; else one
@@ -184,34 +66,50 @@ def explain(
         dtype: of what is kept from step to step; default: the denoiser's.
         text_tokens: of a prompt, without rows that the model adds; default: what the pipeline pads its prompts to.
         num_frames: of a video, of its latents for a denoiser; default: the pipeline's own.
+        time: predict the time too, on the denoiser's device: by a calibration of it, which takes up to a minute the
+            first time and is kept in the user's cache folder; or by the one given.
 
     Raises:
         ConfigError, UnsupportedError: as `patch`; or a size, or a number, that cannot be.
     """
-    config = resolve(config, method, options)
-    rule = rule_of(config, policy)
+    bare = config is None and policy is None and not options and method != AUTO
+    config, rule = settle(config, method, options, policy, denoisers(target)[0], target)
     counts = {"batch_size": batch_size, "num_inference_steps": num_inference_steps, "num_frames": num_frames}
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
     denoiser: Any = denoisers(target)[0]
-    driver = plan(denoiser, make_method(config), rule, 0, None)
+    regions = Regions(protect)
+    driver = plan(denoiser, make_method(config), rule, 0, None, None, regions)
     backbone = driver.backbone
     h, w = _latent_size(target, denoiser, backbone, height, width)
-    h *= backbone.frames(target, num_frames)  # a video is its frames, one below another
+    frames = backbone.frames(target, num_frames)
+    h *= frames  # a video is its frames, one below another
     text = backbone.prompt(denoiser, target) if text_tokens is None else text_tokens
     if guidance is None:
         guidance = backbone.guided(denoiser, target)
     levels = driver.layout.levels
     grids = {v.index: g for v, g in zip(levels, backbone.grids(denoiser, h, w), strict=True)}
-    count = _Count(driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype)
+    if time is True:
+        time = calibration(denoiser.device, dtype or denoiser.dtype)
+    for level in driver.levels:
+        level.grid = grids[level.index]
+        regions.arrive(level, batch_size, frames, torch.device("cpu"))
+    count = _Count(
+        driver, h, w, batch_size * (2 if guidance else 1), text, grids, dtype or denoiser.dtype, time or None
+    )
     if num_inference_steps is None:
         noise = [_strongest(rule)]
     else:
         noise = _noise(target, backbone, rule, num_inference_steps, math.prod(grids[levels[0].index]))
     for index, u in enumerate(noise):
         count.step(index, u, len(noise) if num_inference_steps else None)
-    return count.explanation(_warnings(count, rule, num_inference_steps), bool(num_inference_steps))
+    found = count.explanation(_warnings(count, rule, num_inference_steps), bool(num_inference_steps))
+    if not bare:
+        return found
+    chosen = measured_default(config.name, backbone.name)
+    none = f"no measured default for {config.name} on {backbone.name}: the method's own, {driver.method.paper}"
+    return replace(found, default=none if chosen is None else origin(chosen))
 
 
 class _Count:
@@ -219,9 +117,9 @@ class _Count:
 
     def __init__(
         self, driver: Driver, height: int, width: int, batch: int, text: int, grids: dict[int, tuple[int, int]],
-        dtype: torch.dtype,
+        dtype: torch.dtype, calibration: Calibration | None = None,
     ) -> None:  # fmt: skip
-        self.driver, self.grids, self.dtype = driver, grids, dtype
+        self.driver, self.grids, self.dtype, self.calibration = driver, grids, dtype, calibration
         self.text = text
         self.size = (height, width, batch, driver.backbone.beside(driver.denoiser, text, height, width), grids)
         self.dense = driver.flops.parts(*self.size)
@@ -229,7 +127,10 @@ class _Count:
         self.touched = 0  # FLOPs of the dense steps at the sites that are reduced
         self.bytes = 0
         self.steps: list[StepLine] = []
+        self.seconds = dict.fromkeys(self.dense, 0.0)
+        self.grown: list[str] = []  # what is done for protected tokens
         self.works: dict[str, Work] = {}  # at the step with the largest ratio
+        self.groups = _groups(driver)
 
     def step(self, index: int, u: float, total: int | None) -> None:
         """Plan a step as `Driver.before` does, and count it. Without a `total`: one after the first ones."""
@@ -239,6 +140,8 @@ class _Count:
             for level in driver.levels:
                 level.memory.clock.turn(index - 1, "full")
         driver.decide(index, total, u)
+        if driver.spared and driver.growth() not in self.grown:
+            self.grown.append(driver.growth())
         active = [site for site in driver.sites if site.plan.mode != "full"]
         fresh = [site for site in active if site.leader and site.plan.refresh]
         for site in fresh:
@@ -249,20 +152,40 @@ class _Count:
             raise
         except ValueError as error:  # the tokens' floor says what a grid is too small for
             raise ConfigError(f"{method.name} at latents of {self.size[0]}x{self.size[1]}: {error}") from error
-        parts = driver.flops.parts(*self.size, works)
-        self.reduced = {kind: n + parts[kind] for kind, n in self.reduced.items()}
+        counted = driver.flops.parts(*self.size, works)
+        self.reduced = {kind: n + counted[kind] for kind, n in self.reduced.items()}
+        for kind, part in self.predicted(works).items():
+            self.seconds[kind] += part
         self.touched += sum(self.flops(part) for site in active for part in (site, *site.inner))
-        self.touched += self.dense["rest"] - parts["rest"]  # what lies between the sites and is left out with them
-        batch = self.size[2]
+        self.touched += self.dense["rest"] - counted["rest"]  # what lies between the sites and is left out with them
+        batch, dtype = self.size[2], method.store or self.dtype
         stored = [
-            method.stored(site, self.grids[site.level.index], site.plan.ratio, batch, self.dtype, self.size[3])
+            method.stored(site, self.grids[site.level.index], site.plan.ratio, batch, dtype, self.size[3])
             for site in (driver.sites if driver.keeping(total) else active)
         ]
         self.bytes = max(self.bytes, sum(stored))
-        mode, ratio = driver.decided
+        mode, ratio = driver.shown(self.grids)
+        parts = tuple(
+            driver.realised(site.plan.mode, site.plan.ratio, self.grids[site.level.index])
+            for site in self.groups.values()
+        )
         if not self.steps or ratio > max(step.ratio for step in self.steps):
             self.works = works
-        self.steps.append(StepLine(index, u, mode, ratio, bool(fresh), sum(parts.values())))
+        self.steps.append(StepLine(index, u, mode, ratio, bool(fresh), sum(counted.values()), parts))
+
+    def predicted(self, works: dict[str, Work]) -> dict[str, float]:
+        """Seconds of a call by kind of site, if they are to be predicted."""
+        if self.calibration is None:
+            return {}
+        return seconds(self.calibration, operations(self.driver.flops, *self.size, self.dtype.itemsize, works))
+
+    @property
+    def time(self) -> Prediction | None:
+        c, calls = self.calibration, len(self.steps)
+        if c is None:
+            return None
+        parts = {kind: (calls * part, self.seconds[kind]) for kind, part in self.predicted({}).items()}
+        return Prediction(c.device, c.dtype, parts)
 
     def flops(self, site: Site, work: Work | None = None) -> int:
         """FLOPs of a site, dense or not."""
@@ -297,6 +220,12 @@ class _Count:
             cache_bytes=self.bytes,
             steps=tuple(self.steps) if steps else (),
             warnings=tuple(warnings),
+            time=self.time,
+            groups=tuple(self.groups),
+            asked=tuple(
+                driver.policy.asked(site.level.index, site.kind, site.block.index)
+                for site in self.groups.values() or driver.sites[:1]
+            ),
         )
 
     def _site(self, site: Site) -> SiteLine:
@@ -325,6 +254,15 @@ class _Count:
         return LevelLine(index, self.grids[index], tokens, queries, keys, len(here), len(used))
 
 
+def _groups(driver: Driver) -> dict[str, Site]:
+    """Where the policy has rules: the first site of those that go by the same points."""
+    policy = driver.policy
+    first: dict[Rule | None, Site] = {}
+    for site in driver.sites if policy.rules else ():
+        first.setdefault(policy.rule(site.level.index, site.kind, site.block.index), site)
+    return {str(rule or "other sites"): first[rule] for rule in (*policy.rules, None) if rule in first}
+
+
 def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> list[str]:
     """What somebody should know before paying for a run."""
     driver, name, found = count.driver, count.driver.method.name, []
@@ -334,6 +272,11 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
         return [f"nothing is reduced: the ratio is 0 at {'every step' if num_inference_steps else 'every noise level'}"]
     if driver.method.unforeseen:
         found.append(driver.method.unforeseen)
+    for level in driver.levels:
+        if level.guard is not None:
+            tokens = math.prod(count.grids[level.index])
+            found.append(f"protect: up to {level.guard.most()} of {tokens} tokens of a picture at level {level.index}")
+    found += count.grown
     if not rule.is_constant and num_inference_steps is None:
         found.append(
             "the policy changes with the noise level: this is one call at its largest ratio; for the whole run give "
@@ -343,6 +286,8 @@ def _warnings(count: _Count, rule: Policy, num_inference_steps: int | None) -> l
         found.append(
             f"this cannot pay here: if what {name} touches cost nothing, the FLOP ratio would be {count.ceiling:.3f}x"
         )
+    if count.time is not None and count.time.verdict:
+        found.append(count.time.verdict)
     if sum(count.reduced.values()) >= sum(count.dense.values()) * len(count.steps):
         found.append(f"this costs more FLOPs than it saves: {name} spends {count.reduced['method'] / 1e9:.3f} GFLOP")
     for index in sorted({site.level.index for site in driver.sites}):
@@ -398,8 +343,9 @@ def _scale(pipe: Any) -> int:
 
 def _strongest(rule: Policy) -> float:
     """The noise level at which a policy leaves out most."""
-    levels = [i / 100 for i in range(101)] if rule.function else [u for u, _, _ in rule.points] or [1.0]
-    return max(levels, key=lambda u: rule.at(u)[1])
+    lists = (rule.points, *(r.points for r in rule.rules))
+    levels = [i / 100 for i in range(101)] if rule.function else [u for points in lists for u, _, _ in points] or [1.0]
+    return max(levels, key=lambda u: max(ratio for _, ratio in rule.everywhere(u)))
 
 
 def _noise(target: Any, backbone: Backbone, rule: Policy, steps: int, tokens: int) -> list[float]:

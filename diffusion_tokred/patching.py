@@ -12,15 +12,18 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .backbones import BACKBONES, Backbone, Layout, backbone_of
+from .defaults import measured_families
 from .driver import RECORDS, REPORTS, Driver
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError, StateError, UnsupportedError
 from .methods import METHODS, Method, MethodConfig, MethodInfo, make_config, make_method
+from .ruling import check_fit, settle
+from .runtime.regions import Regions
 from .runtime.site import OFFERS, Site
 from .runtime.stats import Report
-from .schedule.policy import Policy, as_policy
+from .schedule.policy import Policy
+from .schedule.stamp import PARTS
 
 _T = TypeVar("_T")
-_PARTS = ("unet", "transformer", "transformer_2", "prior")
 
 
 def patch(
@@ -32,6 +35,8 @@ def patch(
     seed: int = 0,
     record: str | None = None,
     cache_budget: int | str | None = None,
+    protect: Any = None,
+    importance: Any = None,
     **options: Any,
 ) -> _T:
     """Put a token-reduction method on a pipeline or a denoiser. Undone, exactly, by `unpatch`.
@@ -40,30 +45,44 @@ def patch(
         target: a diffusers pipeline, or its denoiser (UNet, transformer). Changed in place, and returned. Pipelines
             that share the denoiser (`from_pipe`) share the patch.
         config: a method's config, such as `ToMeConfig(ratio=0.5)`; or
-        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config.
+        method: a method's name ("tome", "todo": see `methods()`), with `options`, the fields of its config. Alone, it
+            means what was measured for this family of models, if there is that; else the method's defaults. "auto":
+            what `tune` found for this model on this machine, else a default for its kind.
         policy: the ratio as a function of the noise level, instead of the config's constant one: a number, a `Policy`,
-            a list of points (u, ratio) or (u, ratio, mode), or a function of u.
+            a list of points (u, ratio) or (u, ratio, mode), or a function of u. Methods that merge or pack tokens have
+            at most three ratios in a run: see `Policy.shaped`. A `Policy` that says what method it is
+            for brings that method, with its options (those given here win); one for another method or another model is
+            refused, see `Policy.without_method` and `without_model`.
         seed: of the method's own random draws; no generator of torch is read or changed.
         record: "time" to measure each denoiser call (waits for the device), "tokens" to keep a map of what became of
             each token. Both go into `report`.
         cache_budget: the most that may be kept from step to step, in bytes or as "2GB"; a run that would need more
             is refused at its first step, with what it needs. Default: no limit.
+        protect: a mask of what is never reduced (a face, text): a PIL image, an array or a tensor (H, W) of any size,
+            for all pictures of a run, or (B, H, W), or a list, with one for each. White, true and nonzero pixels are
+            protected, with all tokens that they touch. `tokred.protect` changes it later.
+        importance: weights, as `protect` (of 8-bit pictures as shares of white), or a function (info, grid) -> weights
+            of a step, `info.u` its noise level. Tokens that matter more are kept first: a method that would go by a
+            score goes by the share of tokens of lower score, in [0, 1), plus the weight.
 
     Raises:
-        ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy.
-        UnsupportedError: an unknown architecture, a combination that cannot work, or options that match no site.
-            Nothing has been changed then.
+        ConfigError: an unknown method or option, a ratio that the method cannot do, a wrong policy, one that was made
+            for something else.
+        UnsupportedError: an unknown architecture, a combination that cannot work, options that match no site, or
+            nothing pays ("auto"). Nothing has been changed then.
     """
-    config = resolve(config, method, options)
-    rule = rule_of(config, policy)
+    config, rule = settle(config, method, options, policy, denoisers(target)[0], target)
     check_settings(seed, record)
     budget = bytes_of(cache_budget)
-    drivers = [plan(denoiser, make_method(config), rule, seed, record, budget) for denoiser in denoisers(target)]
+    drivers = [
+        plan(denoiser, make_method(config), rule, seed, record, budget, Regions(protect, importance))
+        for denoiser in denoisers(target)
+    ]
     for driver in drivers:
         if isinstance(before := driver.denoiser.__dict__.get("_tokred"), Driver):
             warn_of(before.remove())
             # Planned over the old patch: plan again on what is there now.
-            driver = plan(driver.denoiser, driver.method, rule, seed, record, budget)
+            driver = plan(driver.denoiser, driver.method, rule, seed, record, budget, driver.regions)
         if target is not driver.denoiser:
             driver.tracker.watch(target)
         driver.install()
@@ -75,6 +94,26 @@ def unpatch(target: _T) -> _T:
     for denoiser in denoisers(target):
         if isinstance(driver := denoiser.__dict__.get("_tokred"), Driver):
             warn_of(driver.remove())
+    return target
+
+
+def protect(target: _T, mask: Any) -> _T:
+    """Protect other tokens, from the next run on, of what was patched with `protect=`: nothing is compiled anew as long
+    as the same number of tokens is computed.
+
+    Args:
+        target: as in `patch`.
+        mask: as `patch`'s `protect`; None protects nothing.
+
+    Raises:
+        StateError: it is not patched with `protect=`.
+        ConfigError: not a mask.
+    """
+    for denoiser in denoisers(target):
+        driver = denoiser.__dict__.get("_tokred")
+        if not isinstance(driver, Driver) or not driver.regions.protects:
+            raise StateError(f"this {type(denoiser).__name__} is not patched with protect=: patch it with a mask first")
+        driver.regions.set(mask)
     return target
 
 
@@ -110,6 +149,7 @@ def methods() -> list[MethodInfo]:
             kinds_of(name),
             kind.paper,
             tuple(b for b in BACKBONES if not why_not(make_method(config_of(name)()), BACKBONES[b])),
+            measured_families(name),
         )
         for name, kind in METHODS.items()
     ]
@@ -159,41 +199,12 @@ def denoisers(target: Any) -> list[nn.Module]:
     if isinstance(target, nn.Module):
         found: list[Any] = [target]
     else:
-        found = [part for name in _PARTS if isinstance(part := getattr(target, name, None), nn.Module)]
+        found = [part for name in PARTS if isinstance(part := getattr(target, name, None), nn.Module)]
     if not found:
         raise UnsupportedError(
-            f"{type(target).__name__} is neither a denoiser nor a pipeline with one ({', '.join(_PARTS)})"
+            f"{type(target).__name__} is neither a denoiser nor a pipeline with one ({', '.join(PARTS)})"
         )
     return [getattr(module, "_orig_mod", module) for module in found]
-
-
-def resolve(config: MethodConfig | None, method: str | None, options: dict[str, Any]) -> MethodConfig:
-    """The config that `patch`'s arguments mean."""
-    if config is None:
-        if method is None:
-            raise ConfigError(f"which method? pass method= one of: {', '.join(METHODS)}, or a config")
-        return make_config(method, **options)
-    if not isinstance(config, MethodConfig):
-        raise ConfigError(
-            f"a config is an object such as ToMeConfig(ratio=0.5), got {config!r}; a name goes to method="
-        )
-    if method is not None and method != config.name:
-        raise ConfigError(f"method={method!r} contradicts the config, which is for {config.name!r}")
-    if options:
-        raise ConfigError(f"options beside a config: put {', '.join(options)} into the {type(config).__name__}")
-    return config
-
-
-def rule_of(config: MethodConfig, policy: Any) -> Policy:
-    """The policy to run by, its points checked against what the method can do."""
-    method = make_method(config)
-    rule = Policy.constant(config.share, config.asks) if policy is None else as_policy(policy)
-    asked = [(mode, ratio) for _, ratio, mode in rule.points]
-    if rule.function is not None:
-        asked += dict.fromkeys(rule.at(i / 100) for i in range(101))
-    for mode, ratio in asked:
-        method.allow(mode, ratio)
-    return rule
 
 
 def check_settings(seed: Any, record: Any) -> None:
@@ -220,12 +231,13 @@ def bytes_of(text: int | str | None) -> int | None:
 
 
 def plan(
-    denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None, budget: int | None = None
-) -> Driver:
+    denoiser: nn.Module, method: Method, policy: Policy, seed: int, record: str | None, budget: int | None = None,
+    regions: Regions | None = None,
+) -> Driver:  # fmt: skip
     """Everything checked, nothing changed."""
     backbone = backbone_of(denoiser)
     layout = backbone.layout(denoiser)
-    method = method.on({site.kind for site in (*layout.pairs, *layout.sites)})
+    method = heeding(method.on({site.kind for site in (*layout.pairs, *layout.sites)}), regions)
     sites = choose(layout, method)
     if any(hasattr(getattr(module, "processor", None), "tokred_config") for module in denoiser.modules()):
         raise UnsupportedError(
@@ -233,7 +245,23 @@ def plan(
             "`with tokred.steps(pipe)`, or set back the processors that were there before"
         )
     verify(denoiser, layout, sites, method)
-    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record, budget)
+    check_fit(policy, denoiser, sites, method)
+    return Driver(denoiser, backbone, layout, sites, method, policy, seed, record, budget, regions)
+
+
+def heeding(method: Method, regions: Regions | None) -> Method:
+    """The method, told whether tokens are protected.
+
+    Raises:
+        UnsupportedError: it cannot heed what is marked.
+    """
+    asked = {"protect": regions is not None and regions.protects, "importance": regions is not None and regions.weighs}
+    for name, given in asked.items():
+        if given and name not in method.heeds:
+            able = [other for other, kind in METHODS.items() if name in kind.heeds]
+            raise UnsupportedError(f"{method.name} cannot heed {name}=: {method.deaf}. These can: {', '.join(able)}")
+    method.guarded = asked["protect"]
+    return method
 
 
 def verify(denoiser: nn.Module, layout: Layout, sites: list[Site], method: Method) -> None:

@@ -13,8 +13,10 @@ from .backbones import backbone_of
 from .driver import Driver
 from .errors import ConfigError, StateError, UnsupportedError
 from .methods import make_method
-from .patching import check_settings, denoisers, rule_of, verify, warn_of
+from .patching import check_settings, denoisers, heeding, verify, warn_of
 from .processors import PLACE, Place, ours, places
+from .ruling import check_fit, rule_of
+from .runtime.regions import Regions
 from .runtime.site import Site
 
 _T = TypeVar("_T")
@@ -22,7 +24,15 @@ _KINDS = ("attention", "cross_attention")
 
 
 @contextlib.contextmanager
-def steps(target: _T, *, policy: Any = None, seed: int = 0, record: str | None = None) -> Iterator[_T]:
+def steps(
+    target: _T,
+    *,
+    policy: Any = None,
+    seed: int = 0,
+    record: str | None = None,
+    protect: Any = None,
+    importance: Any = None,
+) -> Iterator[_T]:
     """A block in which attention processors of this library work: `with steps(pipe): pipe(...)`.
 
     Also for what `patch` has patched: there it marks one run, from the block's beginning to its end, for denoising
@@ -30,7 +40,7 @@ def steps(target: _T, *, policy: Any = None, seed: int = 0, record: str | None =
 
     Args:
         target: a pipeline, or its denoiser, with processors of ours, or patched. At the end everything is as before.
-        policy, seed, record: as in `patch`, which has them for what it has patched.
+        policy, seed, record, protect, importance: as in `patch`, which has them for what it has patched.
 
     Raises:
         StateError: it is patched, and has processors of ours too.
@@ -50,15 +60,15 @@ def steps(target: _T, *, policy: Any = None, seed: int = 0, record: str | None =
                 )
             marked.append(driver)
         elif modules:
-            made.append(_plan(denoiser, modules, policy, seed, record))
+            made.append(_plan(denoiser, modules, policy, seed, record, Regions(protect, importance)))
     if not marked and not made:
         raise UnsupportedError(
             f"{type(target).__name__} has no attention processor of this library, and is not patched. Install one "
             "first: model.set_attn_processor(ToMeAttnProcessor.around(model)), or tokred.patch. (Attention slicing, "
             "xFormers, fused projections and adapters put processors of their own in the place of ours.)"
         )
-    if marked and (policy is not None or seed != 0 or record is not None):
-        raise ConfigError("policy, seed and record are the patch's: pass them to tokred.patch")
+    if marked and (policy is not None or seed != 0 or record is not None or not (protect is importance is None)):
+        raise ConfigError("policy, seed, record, protect and importance are the patch's: pass them to tokred.patch")
     whole = False
     try:
         for driver in marked:
@@ -99,7 +109,9 @@ class Steps(Driver):
         return left
 
 
-def _plan(denoiser: nn.Module, modules: dict[str, Any], policy: Any, seed: int, record: str | None) -> Steps:
+def _plan(
+    denoiser: nn.Module, modules: dict[str, Any], policy: Any, seed: int, record: str | None, regions: Regions
+) -> Steps:
     """Everything checked, nothing changed."""
     config, *others = dict.fromkeys(module.processor.tokred_config for module in modules.values())
     if others:
@@ -108,7 +120,7 @@ def _plan(denoiser: nn.Module, modules: dict[str, Any], policy: Any, seed: int, 
             f"a denoiser has one method at a time: {config}; {others[0]}. Where only the ratio differs, a policy can "
             "depend on level and block"
         )
-    method, rule = make_method(config).on(_KINDS), rule_of(config, policy)
+    method, rule = heeding(make_method(config).on(_KINDS), regions), rule_of(config, policy)
     known = places(denoiser, modules)
     by_module = {id(modules[name]): place for name, place in known.items()}
     backbone = backbone_of(denoiser)
@@ -126,10 +138,11 @@ def _plan(denoiser: nn.Module, modules: dict[str, Any], policy: Any, seed: int, 
         for site in sites:
             by_module[id(site.module)].use(site, method.apply)
         verify(denoiser, layout, sites, method)
+        check_fit(rule, denoiser, sites, method)
     except BaseException:
         for place in known.values():
             place.leave()
         raise
-    driver = Steps(denoiser, backbone, layout, sites, method, rule, seed, record)
+    driver = Steps(denoiser, backbone, layout, sites, method, rule, seed, record, None, regions)
     driver.places = [(modules[name], place) for name, place in known.items()]
     return driver

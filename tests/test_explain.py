@@ -370,3 +370,36 @@ def test_own_noise_levels_of_a_subclass() -> None:
     bare.transformer, bare.scheduler, bare.config = pipe.transformer, pipe.scheduler, {}
     other = tokred.explain(bare, method="todo", height=128, width=128, num_inference_steps=4).steps
     assert other[0].u == steps[0].u == 1.0 and other[1].u != steps[1].u
+
+
+def marks(figure: Any) -> list[tuple[str, float, float]]:
+    """Mode and place of each mark."""
+    (axes,) = figure.axes
+    return [
+        (line.get_label(), float(x), float(y))
+        for line in axes.lines
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    ]
+
+
+def test_plot() -> None:
+    """A mark a step, at its noise level and ratio; and what the policy asks for, which has its corners there."""
+    pipe = tiny.sd3()
+    found = tokred.explain(
+        pipe, method="toca", interval=2, warmup=1, policy=[(0.9, 0.5), (0.4, 0.25)], num_inference_steps=12
+    )
+    figure = found.plot()
+    assert sorted(marks(figure)) == sorted((s.mode, s.u, s.ratio) for s in found.steps)
+    assert {s.mode for s in found.steps} == {"full", "reduce"}
+    (stairs,) = figure.axes[0].patches
+    values, edges, _ = stairs.get_data()
+    assert list(zip(edges[1:], values, strict=True)) == [(0.4, 0.25), (0.9, 0.5), (1.0, 0.0)]
+    ruled = tokred.Policy(points=[(1.0, 0.5)], rules=[dict(level=1, points=[(0.5, 0.25)])])
+    found = tokred.explain(tiny.sd(), method="tome", levels=(0, 1), policy=ruled, num_inference_steps=5)
+    assert len(marks(found.plot())) == 2 * 5 and len(found.plot().axes[0].patches) == 2
+    assert "[1] level 1" in found.table() and "[2] other sites" in found.table()
+    assert {parts[1] for parts in (s.parts for s in found.steps)} == {("reduce", 0.5)}
+    assert list(found.to_pandas()["ratio, level 1"]) == [s.parts[0][1] for s in found.steps]
+    for export in ("plot", "to_pandas"):
+        with pytest.raises(tokred.ConfigError, match="give explain num_inference_steps"):
+            getattr(tokred.explain(pipe, method="tome"), export)()

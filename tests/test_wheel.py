@@ -37,7 +37,7 @@ def test_contents(wheel: Path) -> None:
     assert {"diffusion_tokred/py.typed", "diffusion_tokred/app/__init__.py", "diffusion_tokred/app/page.py"} <= names
     for model in ("toy-sd", "toy-dit"):
         assert f"diffusion_tokred/zoo/{model}/model_index.json" in names
-    assert "diffusion_tokred/zoo/toy-clip/model.safetensors" in names
+    assert {"diffusion_tokred/zoo/toy-clip/model.safetensors", "diffusion_tokred/defaults.json"} <= names
     assert not any(name.startswith(("tests/", "scripts/", "app/")) for name in names)
     assert wheel.stat().st_size < 45e6
 

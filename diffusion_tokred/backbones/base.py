@@ -147,6 +147,10 @@ class Backbone:
             raise ConfigError(f"{self.name} makes pictures: leave out num_frames")
         return 1
 
+    def stacked(self, layout: Layout, inputs: Mapping[str, Any]) -> int:
+        """How many pictures lie one below another on the grid of a call: the frames of a video. Default: 1."""
+        return 1
+
     def rest(self, denoiser: Any, height: int, width: int, text: int) -> Iterator[tuple[nn.Module, int]]:
         """Everything outside the sites that computes: (module, rows or pixels of one sample)."""
         raise NotImplementedError

@@ -89,6 +89,9 @@ class Wan(Backbone):
         frames, height, width = self.latent(inputs).shape[-3:]
         return frames // patch_frames * (height - height % patch_height), int(width)
 
+    def stacked(self, layout: Layout, inputs: Mapping[str, Any]) -> int:
+        return int(self.latent(inputs).shape[-3] // layout.notes["patch"][0])
+
     def text(self, denoiser: Any, inputs: Mapping[str, Any]) -> int:
         """With the tokens of pictures, which stand beside the prompt's in cross-attention."""
         image, batch = inputs.get("encoder_hidden_states_image"), len(inputs["encoder_hidden_states"])

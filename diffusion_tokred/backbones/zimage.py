@@ -102,6 +102,9 @@ class ZImage(Backbone):
         rows, columns = self._tokens(inputs)
         return 2 * rows, 2 * columns
 
+    def stacked(self, layout: Layout, inputs: Mapping[str, Any]) -> int:
+        return int(self.latent(inputs).shape[-3] // inputs.get("f_patch_size", 1))
+
     def _tokens(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         frames, height, width = self.latent(inputs).shape[-3:]
         patch = inputs.get("patch_size", 2)

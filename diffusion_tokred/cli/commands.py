@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import ConfigError
 from .common import (
     FREE,
     Device,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 def compare(
     ctx: typer.Context,
     model: Model = "toy-dit",
-    method: MethodName = "tome",
+    method: MethodName = None,
     policy: PolicyText = None,
     prompt: Annotated[str | None, typer.Option(help="What to draw. (default: a scene of the toy world)")] = None,
     seed: Annotated[str, typer.Option(metavar="SEEDS", help="0, or 0,2, or 0-3: one row of pictures each.")] = "0",
@@ -80,8 +81,8 @@ def compare(
         from ..evaluation.models import unread
 
         options.load_plugins()
-        config = options.config_from(method, ctx.args)
         rule = None if policy is None else options.policy(policy)
+        chosen = options.chosen(method, ctx.args, rule)
         seeds, pixels = options.seeds(seed), None if size is None else options.size(size)
         images.check_target(out)
     pipe, defaults = load_pipeline(model, dtype, device, threads)
@@ -90,7 +91,7 @@ def compare(
         say(note)
     with progress_bar() as progress:
         found = run(
-            pipe, config, policy=rule, prompt=prompt, seeds=seeds, size=pixels or defaults.get("size"),
+            pipe, **chosen, prompt=prompt, seeds=seeds, size=pixels or defaults.get("size"),
             steps=steps or defaults.get("steps"), guidance=defaults.get("guidance") if guidance is None else guidance,
             repeat=repeat, model=model, call=defaults.get("call"), progress=progress,
         )  # fmt: skip
@@ -112,12 +113,14 @@ def compare(
 
     tokred explain --method tome --ratio 0.6 --size 256
 
+    tokred explain --policy policy.json --steps 28 --plot plan.png
+
     tokred explain --model stabilityai/stable-diffusion-xl-base-1.0 --method todo --size 1024 --json -""",
 )
 def explain(
     ctx: typer.Context,
     model: Model = "toy-dit",
-    method: MethodName = "tome",
+    method: MethodName = None,
     policy: PolicyText = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Count a run of so many steps. (default: one call)")] = None,
     size: Size = None,
@@ -125,7 +128,14 @@ def explain(
     guidance: Guidance = None,
     dtype: Dtype = None,
     device: Device = None,
+    threads: Threads = None,
+    time: Annotated[
+        bool, typer.Option("--time", help="Predict the time on this device, by a calibration of a minute, kept.")
+    ] = False,
     json: Json = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the plan of the --steps: .png, .svg or .pdf.")
+    ] = None,
 ) -> None:
     """Say what a method would change and save in a model, without running it.
 
@@ -137,16 +147,21 @@ def explain(
         from ..evaluation import options, results
 
         options.load_plugins()
-        config = options.config_from(method, ctx.args)
+        if plot is not None:
+            _check_plot(plot, steps)
         rule = None if policy is None else options.policy(policy)
+        chosen = options.chosen(method, ctx.args, rule)
         pixels = None if size is None else options.size(size)
-    pipe, defaults = load_pipeline(model, dtype, device, None)
+    pipe, defaults = load_pipeline(model, dtype, device, threads)
     width, height = pixels or defaults.get("size") or (None, None)
     scale = defaults.get("guidance") if guidance is None else guidance
-    found = dry_run(
-        pipe, config, policy=rule, height=height, width=width, num_inference_steps=steps,
-        guidance=None if scale is None else scale > 1, text_tokens=defaults.get("text_tokens"), num_frames=frames,
-    )  # fmt: skip
+    with working("measuring this device" if time else "counting"):
+        found = dry_run(
+            pipe, **chosen, height=height, width=width, num_inference_steps=steps, num_frames=frames,
+            guidance=None if scale is None else scale > 1, text_tokens=defaults.get("text_tokens"), time=time,
+        )  # fmt: skip
+    if plot is not None:
+        found.plot().savefig(plot, dpi=150)
     text = results.to_json(results.plain(found.to_dict()))
     if json not in (None, "-"):
         results.write_text(json, text)
@@ -169,7 +184,7 @@ def methods(
         print(methods_markdown(), end="")
         return
     console = make_console()
-    print_table(console, ("method", "paper", "acts on", "backbones"), method_rows())
+    print_table(console, ("method", "paper", "acts on", "backbones", "defaults measured on"), method_rows())
     if sites:
         print_table(console, ("method", "at", "works on", "not on, and why"), site_rows())
     if options:
@@ -185,6 +200,22 @@ def doctor() -> None:
 
         facts = examine()
     print_table(make_console(), ("", "found", "what to do"), facts)
+
+
+def _check_plot(path: Path, steps: int | None) -> None:
+    """Refuse a plot that could not be made, before the pipeline is loaded."""
+    from ..extras import need
+
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"a plot ends in .png, .svg or .pdf, found {str(path)!r}")
+    if steps is None:
+        raise ConfigError("--plot draws the plan step by step: give --steps too")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write the plot to {path}: name a file in a folder that is there")
+    try:
+        need("matplotlib", "eval", "a plot")
+    except ImportError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _print_comparison(console: Console, found: Comparison, panel: Path) -> None:

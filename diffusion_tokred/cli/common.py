@@ -108,7 +108,10 @@ def _root(
 
 
 Model = Annotated[str, typer.Option(help="An embedded pipeline (toy-dit, toy-sd), a hub id, or a pipeline's folder.")]
-MethodName = Annotated[str, typer.Option("--method", help="Which method; `tokred methods` lists them.")]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="Which; `tokred methods` lists them. (default: the policy file's, or tome)"),
+]
 PolicyText = Annotated[
     str | None, typer.Option("--policy", metavar="FILE|RATIO", help="Ratio by noise level: JSON, or one number.")
 ]

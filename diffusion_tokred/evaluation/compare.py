@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from ..errors import ConfigError, StateError, UnsupportedError
-from ..methods import MethodConfig, make_config
+from ..methods import MethodConfig
 from ..patching import denoisers, patched, report
+from ..ruling import config_in, offered, resolve
 from ..runtime.stats import Report
 from ..schedule.policy import as_policy
 from .metrics import Spread, psnr, speedup, ssim
@@ -164,7 +165,9 @@ def compare(
         raise ConfigError(f"repeat must be at least 1, got {repeat}")
     if not seeds:
         raise ConfigError("no seeds: at least one is needed")
-    config = config or make_config(method or "tome", **options)
+    method = method or (None if config or config_in(policy) else "tome")
+    policy = offered(config, method, options, policy, denoisers(pipe)[0])
+    config = resolve(config, method, options, policy)
     if any("_tokred" in denoiser.__dict__ for denoiser in denoisers(pipe)):
         raise StateError("the pipeline is patched already: unpatch it, compare needs it without")
     caller = _Caller(pipe, prompt, steps, size, guidance, call or {}, len(seeds) * (2 * repeat + 1), progress)

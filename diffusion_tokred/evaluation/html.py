@@ -110,23 +110,25 @@ def html(
         body += [*(f"<li>{escape(line)}</li>" for line in failed[:20]), "</ul>"]
         body += [f"<p>and {len(failed) - 20} more</p>"] if len(failed) > 20 else []
     found = tables(result)
-    body += [*_table(found[0]), *_plots(result), *(line for table in found[1:] for line in _table(table))]
+    body += [*table_lines(found[0]), *_plots(result), *(line for table in found[1:] for line in table_lines(table))]
     body += ["<h2>Notes</h2>", "<ul>", *(f"<li>{escape(note)}</li>" for note in notes(result)), "</ul>"]
     body += _pictures(result, items, folder, path, pairs, order)
-    write_text(path, _page(body))
+    write_text(path, page("Evaluation", body))
 
 
-def _page(body: Sequence[str]) -> str:
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole page from the lines of its body."""
     head = [
         "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        "<title>Evaluation</title>", f"<style>{_STYLE}</style>", "</head>", "<body>", "<main>",
+        f"<title>{escape(title)}</title>", f"<style>{_STYLE}</style>", "</head>", "<body>", "<main>",
     ]  # fmt: skip
     return "\n".join([*head, *body, "</main>", "</body>", "</html>"]) + "\n"
 
 
-def _table(table: Table) -> Iterator[str]:
+def table_lines(table: Table) -> Iterator[str]:
+    """A table with its title and notes."""
     yield f"<h2>{escape(table.title)}</h2>"
     left = [' class="text"' if table.is_text(i) else "" for i in range(len(table.head))]
     head = "".join(f'<th scope="col"{side}>{escape(name)}</th>' for side, name in zip(left, table.head, strict=True))

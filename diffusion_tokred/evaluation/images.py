@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..errors import ConfigError
 from ..methods import MethodConfig
+from ..runtime.stats import TOKEN_STATES
 from .compare import Comparison, Row
 from .results import to_json, write_text
 
@@ -24,6 +25,10 @@ INFERNO = ("000004", "1b0c41", "4a0c6b", "781c6d", "a52c60", "cf4446", "ed6925",
 CIVIDIS = ("00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838")
 INK, GRAY, PAPER = (28, 30, 34), (108, 112, 120), (255, 255, 255)
 COMPUTED = (0, 5)  # of TOKEN_STATES: "computed" and "protected"
+# A colour for each of TOKEN_STATES (after Okabe and Ito, for colour-blind readers), and how strongly it is laid on.
+TINTS = dict(zip(TOKEN_STATES, ((255, 255, 255), (230, 159, 0), (0, 114, 178), (86, 180, 233), (213, 94, 0),
+                                (0, 158, 115)), strict=True))  # fmt: skip
+TINT = 0.6
 SIDE = 320  # smaller pictures are enlarged by a whole factor to about this many pixels; see `_zoom`
 LARGEST = 512  # larger ones are reduced to this
 HEAD, FOOT, LINE = 132, 78, 32  # heights of the panel's text: above, below, and under each row of pictures
@@ -63,6 +68,43 @@ def token_map(row: Row) -> Image.Image:
     found = row.report.token_map
     values = np.zeros((1, 1)) if found is None else tokens_left_out(found)
     return colored(values, CIVIDIS).resize(row.patched.size, Image.Resampling.NEAREST)
+
+
+def step_map(picture: Image.Image, token_map: np.ndarray, step: int, part: int = 0, level: int = 0) -> Image.Image:
+    """What became of each token at one step, drawn over a picture of any size: computed tokens are clear, the others
+    tinted as `legend` says.
+
+    Args:
+        picture: the run's first picture.
+        token_map: `Report.token_map`, uint8 `[step, pass, level, h, w]`.
+        step, part, level: which map of it; `part` is the pass, such as 0 for the unconditional one.
+
+    Raises:
+        ConfigError: there is no such step, pass or level.
+    """
+    for name, place, count in zip(("step", "pass", "level"), (step, part, level), token_map.shape, strict=False):
+        if not 0 <= place < count:
+            raise ConfigError(f"the token map has no {name} {place}: there are 0 to {count - 1}")
+    states = Image.fromarray(token_map[step, part, level]).resize(picture.size, Image.Resampling.NEAREST)
+    tints, shown = np.array(list(TINTS.values()), dtype=np.float64), np.asarray(states)
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
+    tinted = np.where((shown == 0)[..., None], pixels, (1 - TINT) * pixels + TINT * tints[shown])
+    return Image.fromarray(tinted.round().astype(np.uint8))
+
+
+def legend(token_map: np.ndarray | None = None) -> Image.Image:
+    """The colours of `step_map` with their words: of all states, or of those that a token map has."""
+    there = range(len(TINTS)) if token_map is None else np.unique(token_map).tolist()
+    words = [(tint, word) for place, (word, tint) in enumerate(TINTS.items()) if place in there]
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    widths = [34 + int(ruler.textlength(word, font=_font(16))) + 20 for _, word in words]
+    strip = Image.new("RGB", (sum(widths) + _GAP, 32), PAPER)
+    draw, x = ImageDraw.Draw(strip), _GAP
+    for (tint, word), width in zip(words, widths, strict=True):
+        draw.rectangle((x, 8, x + 22, 24), fill=tint, outline=GRAY)
+        _text(draw, (x + 30, 6), word, 16, width)
+        x += width
+    return strip
 
 
 def brightest(comparison: Comparison) -> float:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from ..errors import ConfigError
 from ..methods import CONFIGS, MethodConfig, make_config
+from ..ruling import config_in, resolve
 from ..schedule.policy import Policy
 
 GROUP = "diffusion_tokred.methods"
@@ -52,12 +53,20 @@ def default(field: Field[Any]) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def config_from(method: str, words: Sequence[str]) -> MethodConfig:
+def config_from(method: str | None, words: Sequence[str], policy: Policy | None = None) -> MethodConfig:
     """The config of a method from command-line words such as `--ratio 0.5 --levels 0,1 --no-randomize`.
+
+    Args:
+        method: None: the one that the policy was made for, or else ToMe.
+        words: options, which win over those that the policy comes with.
+        policy: of the run.
 
     Raises:
         ConfigError: unknown method or option, or a wrong value; says what is allowed.
     """
+    if method is None:
+        own = config_in(policy)
+        method = own.name if own is not None else "tome"
     if method not in CONFIGS:
         make_config(method)
     known = {field.name: field for field in fields(CONFIGS[method])}
@@ -79,7 +88,15 @@ def config_from(method: str, words: Sequence[str]) -> MethodConfig:
             raise ConfigError(f"{word} needs a value: {limits(known[name])}")
         else:
             options[name] = _value(known[name], value if given else rest.pop(0))
-    return make_config(method, **options)
+    return resolve(None, method, options, policy)
+
+
+def chosen(method: str | None, words: Sequence[str], policy: Policy | None) -> dict[str, Any]:
+    """What a command was told, as `patch`'s arguments: a method by its name where nothing else was said."""
+    if policy is None and not words and method is not None:
+        make_config(method)  # an error if there is none of this name
+        return {"method": method}
+    return {"config": config_from(method, words, policy), "policy": policy}
 
 
 def _field(known: dict[str, Field[Any]], name: str) -> Any:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ..measure.machine import device_name
 from ..version import __version__
 
 SCHEMA = "tokred.result/1"
@@ -82,17 +83,6 @@ def version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def device_name(device: torch.device) -> str:
-    """Such as "cuda: NVIDIA H100" or "cpu: AMD EPYC 9654"."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{device.type}: {name}"
 
 
 def prompts_of(texts: Sequence[str]) -> dict[str, Any]:

@@ -11,9 +11,18 @@ from .compare import Comparison
 from .options import default, flag, limits
 
 
-def method_rows() -> list[tuple[str, str, str, str]]:
-    """(name, paper, sites, backbones) of each method."""
-    return [(m.name, m.paper, _words(m.sites), _words(m.backbones)) for m in methods()]
+def method_rows() -> list[tuple[str, str, str, str, str]]:
+    """(name, paper, sites, backbones, where its defaults were measured) of each method."""
+    return [
+        (
+            m.name,
+            m.paper,
+            _words(m.sites),
+            _words(m.backbones),
+            _words(m.measured) if m.measured else "the method's own",
+        )
+        for m in methods()
+    ]
 
 
 def option_rows(method: str | None = None) -> list[tuple[str, str, str, str, str]]:

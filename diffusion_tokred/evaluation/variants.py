@@ -162,8 +162,8 @@ def parse_variant(text: str, steps: int | None = None) -> Variant:
         policies = [word.partition("=")[2] for word in words if word.startswith("policy=")]
         if len(policies) > 1:
             raise ConfigError("more than one policy")
-        config = config_from(head, [f"--{word}" for word in words if not word.startswith("policy=")])
         policy = policy_from(policies[0]) if policies else None
+        config = config_from(head, [f"--{word}" for word in words if not word.startswith("policy=")], policy)
         return Variant(name_of(config, policies[0] if policies else None), config, policy)
     except ConfigError as error:
         raise ConfigError(f"variant {text!r}: {error}") from error

@@ -6,7 +6,7 @@ attention at all). A FLOP ratio is not a speed-up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from torch import nn
@@ -29,30 +29,40 @@ class Flops:
     def __init__(self, backbone: Backbone, denoiser: nn.Module, sites: list[Site], pairs: Sequence[Site] = ()) -> None:
         self.backbone, self.denoiser, self.sites, self.pairs = backbone, denoiser, sites, pairs
         self._weights: dict[str, Weights] = {}
-        self._rest: dict[tuple[int, int, int], dict[tuple[str, ...], int]] = {}
+        self._between: dict[tuple[int, int, int], list[tuple[nn.Module, int, int, frozenset[str]]]] = {}
+
+    def weights(self, site: Site) -> Weights:
+        """What a row costs at a site."""
+        if site.name not in self._weights:
+            self._weights[site.name] = site.weights()
+        return self._weights[site.name]
 
     def site(self, site: Site, work: Work, batch: int, text: int) -> int:
         """FLOPs of a site that computes `work` rows of each of `batch` samples, with `text` text tokens."""
-        if site.name not in self._weights:
-            self._weights[site.name] = site.weights()
-        return self._weights[site.name].flops(work, batch, text)
+        return self.weights(site).flops(work, batch, text)
+
+    def between(
+        self, height: int, width: int, text: int, works: Mapping[str, Work] = MappingProxyType({})
+    ) -> Iterator[tuple[nn.Module, int, int]]:
+        """What computes outside the sites and is not left out: (module, rows or pixels of one sample, FLOPs of one)."""
+        key = (height, width, text)
+        if key not in self._between:
+            inside: dict[int, set[str]] = {}  # module -> the sites around it
+            for site in (*self.pairs, *self.sites):
+                for part in site.parts():
+                    inside.setdefault(id(part), set()).add(site.name)
+            self._between[key] = [
+                (module, rows, 2 * macs(module), frozenset(inside.get(id(module), ())))
+                for module, rows in self.backbone.rest(self.denoiser, height, width, text)
+            ]
+        left_out = {name for name, work in works.items() if not work.text}
+        return (found[:3] for found in self._between[key] if left_out.isdisjoint(found[3]))
 
     def rest(
         self, height: int, width: int, batch: int, text: int, works: Mapping[str, Work] = MappingProxyType({})
     ) -> int:
         """FLOPs outside the sites, for latents of `height` x `width`."""
-        key = (height, width, text)
-        if key not in self._rest:
-            self._rest[key] = found = dict[tuple[str, ...], int]()
-            inside: dict[int, tuple[str, ...]] = {}  # module -> the sites around it
-            for site in (*self.pairs, *self.sites):
-                for part in site.parts():
-                    inside[id(part)] = (*inside.get(id(part), ()), site.name)
-            for module, rows in self.backbone.rest(self.denoiser, height, width, text):
-                where = inside.get(id(module), ())
-                found[where] = found.get(where, 0) + 2 * macs(module) * rows
-        left_out = {name for name, work in works.items() if not work.text}
-        return batch * sum(count for where, count in self._rest[key].items() if left_out.isdisjoint(where))
+        return batch * sum(rows * each for _, rows, each in self.between(height, width, text, works))
 
     def parts(
         self,

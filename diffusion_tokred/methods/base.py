@@ -16,8 +16,11 @@ from ..runtime.site import OFFERS, Call, Level, Site
 from ..runtime.stack import StackCall
 from ..runtime.store import Clock
 from ..runtime.work import Work
+from ..schedule.shapes import COUNTS
+from ..tokens.regions import ratio_of, room
 
 _VERSION = 1
+ALIGNED = 1024  # tokens from which on counts are snapped to `align`
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -92,13 +95,14 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A row of `methods()`."""
+    """A row of `methods()`. `measured`: the backbones for which its default settings were chosen by measuring."""
 
     name: str
     config: type[MethodConfig]
     sites: tuple[str, ...]
     paper: str
     backbones: tuple[str, ...]
+    measured: tuple[str, ...] = ()
 
 
 class Method:
@@ -110,12 +114,21 @@ class Method:
         modes: modes that a policy may ask of it.
         watches_input: True if it reads `block.input`.
         every: what it keeps in a level's memory is made anew after this many steps; 0 or 1: at every step.
+        shares_rows: True if all pictures of a batch have the same tokens computed.
         shares_passes: True if the passes of a step (conditional, unconditional) share the level's memory.
         keeps: True if full steps are handed to it too, since it keeps what they compute for later ones.
         watches_output: True if it is shown the denoiser's output after each step.
         unforeseen: what a dry run cannot know of it, a sentence.
         coordinate: what forecasts are functions of: "step" or "noise".
         whole: True if it acts at all kinds of site that a model has of its own, or not at all.
+        ratios: how many ratios other than 0 a policy may ask of a site in mode "reduce": each is a shape of its own for
+            compiled models and kernels. None: any number, as papers have them.
+        shares: what a policy's rules may not tell apart at a level, since its sites share a clock ("mode") or a choice
+            of tokens ("ratio"); "" if nothing.
+        heeds: what it heeds of what a user marks: "protect" (tokens that are never reduced), "importance".
+        deaf: why it does not heed the rest, a clause.
+        store: type of what is kept; None: the model's.
+        guarded: True if tokens are protected on this model. Set before `needs` is asked.
     """
 
     name: ClassVar[str] = ""
@@ -124,12 +137,19 @@ class Method:
     modes: tuple[str, ...] = ("full", "reduce")
     watches_input: ClassVar[bool] = False
     every: int = 1
+    shares_rows: bool = False
     shares_passes: bool = False
     keeps: ClassVar[bool] = False
     unforeseen: ClassVar[str] = ""
     watches_output: bool = False
     coordinate: str = "step"
     whole: ClassVar[bool] = False
+    ratios: ClassVar[int | None] = COUNTS
+    shares: str = ""
+    heeds: frozenset[str] = frozenset()
+    deaf: str = "it does not choose between tokens"
+    guarded: bool = False
+    store: torch.dtype | None = None
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -179,6 +199,16 @@ class Method:
         if mode not in self.modes:
             raise ConfigError(f"{self.name} has no mode {mode!r}: its modes are {', '.join(self.modes)}")
 
+    def count(self, grid: tuple[int, int], ratio: float) -> int:
+        """Tokens left of a grid."""
+        return count(grid[0] * grid[1], ratio, getattr(self.config, "align", 1))
+
+    def snapped(self, grid: tuple[int, int], ratio: float) -> float:
+        """The ratio that is left where the count of tokens is snapped; else the ratio itself."""
+        n = grid[0] * grid[1]
+        m = self.count(grid, ratio)
+        return ratio if m == n - int(n * ratio) else 1 - m / n
+
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         """How many rows the site computes of one sample."""
         raise NotImplementedError
@@ -193,6 +223,10 @@ class Method:
         """Bytes that it keeps from step to step at a site, for `batch` samples with `text` rows beside the image's;
         what a level shares, at its leader."""
         return 0
+
+    def lighter(self) -> str:
+        """Options that make it keep less, for the user to read."""
+        return "see `explain`, and the method's options"
 
     def rests(self, total: int | None) -> str | None:
         """Why it leaves a run of so many steps as it is; None if it does not."""
@@ -210,6 +244,25 @@ class Method:
     def part(self, site: Site, index: int, total: int | None, mode: str, ratio: float) -> tuple[str, float]:
         """What a site does of it."""
         return mode, ratio
+
+    def spare(self, site: Site, mode: str, ratio: float) -> tuple[str, float]:
+        """What a site, or a step at its level, does instead, so that no protected token (`level.guard`) is reduced.
+
+        Default: for methods that choose `count` tokens of all; others override it.
+        """
+        guard, grid = site.level.guard, site.level.grid
+        if guard is None or grid is None or mode == "full" or not (need := guard.most(self.shares_rows)):
+            return mode, ratio
+        n = grid[0] * grid[1]
+        if mode == "reduce" and self.count(grid, ratio) >= need:
+            return mode, ratio
+        m = room(n, need, self.align_of(n))
+        return ("reduce", ratio_of(n, m)) if m < n else ("full", 0.0)
+
+    def align_of(self, n: int) -> int:
+        """What counts of `n` tokens are multiples of."""
+        align: int = getattr(self.config, "align", 1)
+        return align if n >= ALIGNED else 1
 
     def begin(self, family: str, sites: Sequence[Site]) -> None:
         """Learn the name of the backbone, and the sites that it will act at."""
@@ -234,21 +287,24 @@ class Method:
     def works(self, sites: Iterable[Site], grids: Mapping[int, tuple[int, int]]) -> dict[str, Work]:
         """What the sites compute, by name, as their plans say; without those that are dense.
 
-        The overhead comes with the site that decides: the first of its block, or, where decisions are kept in a level's
-        memory (`every`), the level's leader at the steps that renew them.
+        The overhead comes with the site that decides: the first of its block, and each with another ratio than the one
+        before; or, where decisions are kept in a level's memory (`every`), the level's leader at the steps that renew
+        them.
         """
         result: dict[str, Work] = {}
-        blocks: set[int] = set()
+        decided: dict[int, str] = {}  # the ratio that each block decided for last
         for site in sites:
             if site.plan.mode == "full":
                 continue
             grid, ratio = grids[site.level.index], site.plan.ratio
             result[site.name] = work = self.work(site, grid, ratio)
             result |= {inner.name: self.work(inner, grid, ratio) for inner in site.inner}
-            decides = site.leader and site.plan.refresh if self.every else site.block.index not in blocks
+            decides = (
+                site.leader and site.plan.refresh if self.every else decided.get(site.block.index) != site.plan.text
+            )
             if decides:
                 work.extra += self.overhead(site, grid, ratio)
-            blocks.add(site.block.index)
+            decided[site.block.index] = site.plan.text
         return result
 
     def prepare(self, site: Site) -> Any:
@@ -262,6 +318,20 @@ class Method:
         """Act at a site. Called inside the model, maybe under `torch.compile`: static shapes, no generator, no branch
         on data."""
         raise NotImplementedError
+
+
+def count(n: int, ratio: float, align: int) -> int:
+    """Tokens left of `n`: snapped down to a multiple of `align` in large pictures, but never to none.
+
+    Raises:
+        ConfigError: no multiple of `align` fits.
+    """
+    m = n - int(n * ratio)
+    if n < ALIGNED or m % align == 0:
+        return m
+    if align > n:
+        raise ConfigError(f"align={align}: there are only {n} tokens to count in multiples of it; use a smaller one")
+    return max(m // align, 1) * align
 
 
 METHODS: dict[str, type[Method]] = {}

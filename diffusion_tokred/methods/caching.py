@@ -7,23 +7,24 @@ A caching method is a *step policy* (`step`), a *selector* (`prepare`) and what 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..runtime.rows import Cache, Out
+from ..errors import ConfigError, UnsupportedError
+from ..runtime.rows import Cache, Out, packed
 from ..runtime.site import Call, Level, Site
 from ..runtime.stack import StackCall, StackSite
 from ..runtime.store import Clock, Slot
 from ..runtime.work import Work
 from ..tokens.select import rows_at, scatter_rows
-from .base import Method, MethodConfig, option
+from .base import Method, MethodConfig, count, option
 
-ALIGNED = 1024  # tokens from which on counts are snapped to `align`
+CHOICE = frozenset({"protect", "importance"})  # what methods heed that choose tokens
+STORES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class CacheConfig(MethodConfig):
     interval: int = option(3, "a full step every so many steps; 1 is dense", low=1, high=1000)
     warmup: int = option(3, "first steps of a run, which are full", low=1, high=1000)
     min_steps: int = option(9, "runs of fewer steps are computed in full: few steps differ too much", low=0, high=1000)
+    store_dtype: str = option("auto", "type that what is kept is stored in; auto is the model's", choices=tuple(STORES))
 
     mode_between: ClassVar[str] = "reuse"
 
@@ -43,6 +45,9 @@ class CacheConfig(MethodConfig):
     @property
     def asks(self) -> str:
         return self.mode_between if self.interval > 1 else "full"
+
+
+BLOCKS_HELP = "inside of the blocks: only these keep and reuse, the others are computed in full; () is all"
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,24 @@ class CacheMethod(Method):
 
     keeps = True
     modes: tuple[str, ...] = ("full", "reuse")
+    shares = "mode"
+    deaf = "between full steps it computes none of the tokens, so there are none to choose"
     config: Any
 
     def check(self, ratio: float) -> None:
         if not 0 <= ratio <= 1:
             raise ConfigError(f"{self.name}: ratio {ratio:g} is not in [0, 1]")
+
+    @property
+    def store(self) -> torch.dtype | None:  # type: ignore[override]
+        return STORES[self.config.store_dtype]
+
+    def widened(self, out: Out, dtype: torch.dtype) -> Out:
+        """What was kept, for arithmetic, and back from it: in `dtype`, if it was packed at all."""
+        return out if self.store is None else out.combine(lambda x: x.to(dtype))
+
+    def lighter(self) -> str:
+        return "with store_dtype='bfloat16', for one" if self.store is None else super().lighter()
 
     def rests(self, total: int | None) -> str | None:
         if total is None or total >= self.config.min_steps:
@@ -106,8 +124,21 @@ class ModuleCache(CacheMethod):
     whole = True
 
     def wants(self, site: Site) -> bool:
-        levels = getattr(self.config, "levels", ())
-        return site.kind in self.kinds and (not levels or site.level.index in levels)
+        levels, blocks = (getattr(self.config, name, ()) for name in ("levels", "blocks"))
+        here = (not levels or site.level.index in levels) and (not blocks or site.block.index in blocks)
+        return site.kind in self.kinds and here
+
+    def leaves(self, site: Site) -> str:
+        if site.kind in self.kinds and self.config.blocks and site.block.index not in self.config.blocks:
+            return "not in blocks: computed in full"
+        return super().leaves(site)
+
+    def begin(self, family: str, sites: Sequence[Site]) -> None:
+        if lost := sorted({*self.config.blocks} - {site.block.index for site in sites}):
+            raise ConfigError(f"{self.name}: blocks={self.config.blocks}: nothing to act on in block {lost[0]}")
+
+    def lighter(self) -> str:
+        return "with store_dtype='bfloat16', or with blocks=(...): only these keep"
 
     def needs(self, kind: str) -> frozenset[str]:
         return frozenset()
@@ -125,10 +156,41 @@ class ModuleCache(CacheMethod):
         slot = call.slot
         if call.plan.mode == "full":
             out = call.compute()
-            slot.out = call.site.kept(call, out)
+            slot.out = self.pack(slot, call.site.kept(call, out))
             return out
         call.note(lambda: call.x.new_full(call.x.shape[:2], 2, dtype=torch.uint8))
-        return call.site.given(call, slot.out)
+        return self.given(call)
+
+    def pack(self, slot: Slot, out: Out) -> Out:
+        """An output as it is kept."""
+        slot.dtype = out.x.dtype
+        return out.packed(self.store)
+
+    def given(self, call: Call) -> Out:
+        """The output that is kept, for the model."""
+        return call.site.given(call, self.widened(call.slot.out, call.slot.dtype))
+
+    def token_wise(self, call: Call, watch: Any = None, whole: bool = False) -> Out:
+        """A module that between full steps runs on the tokens `call.prepared`, attention against kept keys and values.
+
+        `watch`: as in `Call.compute`, at full steps; `whole`: keep at these the text as well.
+        """
+        slot, cache = call.slot, None
+        if call.site.kind in ("attention", "parallel"):
+            slot.cache = cache = slot.cache or Cache(dtype=self.store)
+        if call.plan.mode == "full":
+            out = call.compute(kv=cache, watch=watch)
+            slot.out = self.pack(slot, call.site.kept(call, out) if whole else out.image())
+            return out
+        at: Tensor = call.prepared
+        if cache is not None:
+            cache.at = at
+        kept = self.widened(slot.out, slot.dtype)
+        out = kept.renewed(at, call.compute(rows_at(call.x, at), at=at, kv=cache))
+        slot.out = out.image().packed(self.store)
+        if cache is not None:
+            cache.at = None  # of this step, not to be kept
+        return out
 
 
 class TokenCache(ModuleCache):
@@ -136,18 +198,23 @@ class TokenCache(ModuleCache):
     the kept keys and values of all. The other rows of what a module gives back are as they were."""
 
     modes: tuple[str, ...] = ("full", "reduce")
+    ratios = None
+    shares = "ratio"
+    heeds = CHOICE
 
     def needs(self, kind: str) -> frozenset[str]:
         return frozenset({"at", "cache"} if kind in ("attention", "parallel") else {"at"})
 
-    def count(self, n: int, ratio: float) -> int:
-        """Tokens computed of `n`."""
-        return count(n, ratio, getattr(self.config, "align", 1))
+    def count(self, grid: tuple[int, int], ratio: float) -> int:
+        """Tokens computed, exactly as many as published."""
+        return count(grid[0] * grid[1], ratio, 1)
+
+    def align_of(self, n: int) -> int:
+        return 1
 
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
-        n = grid[0] * grid[1]
-        m = self.count(n, ratio)
-        return Work(m, n if site.kind == "attention" else m, projected=m)
+        m = self.count(grid, ratio)
+        return Work(m, grid[0] * grid[1] if site.kind == "attention" else m, projected=m)
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
@@ -158,30 +225,18 @@ class TokenCache(ModuleCache):
 
     def prepare(self, site: Site) -> Any:
         assert site.level.grid is not None
-        return chosen(self.select(site, self.count(math.prod(site.level.grid), site.plan.ratio)))
+        return chosen(self.select(site, self.count(site.level.grid, site.plan.ratio)))
 
     def select(self, site: Site, m: int) -> Tensor:
         """As `StackCache.select`."""
         raise NotImplementedError
 
     def apply(self, call: Call) -> Out:
-        slot, cache = call.slot, None
-        if call.site.kind in ("attention", "parallel"):
-            slot.cache = cache = slot.cache or Cache()
-        if call.plan.mode == "full":
-            out = call.compute(kv=cache)
-            slot.out = out.image()
-            return out
-        at: Tensor = call.prepared
-        if cache is not None:
-            cache.at = at
         b, n = call.x.shape[:2]
-        call.note(lambda: call.x.new_full((b, n), 2, dtype=torch.uint8).scatter(1, at.expand(b, -1), 0))
-        out = slot.out.renewed(at, call.compute(rows_at(call.x, at), at=at, kv=cache))
-        slot.out = out.image()
-        if cache is not None:
-            cache.at = None  # of this step, not to be kept
-        return out
+        if call.plan.mode != "full":
+            at: Tensor = call.prepared
+            call.note(lambda: call.x.new_full((b, n), 2, dtype=torch.uint8).scatter(1, at.expand(b, -1), 0))
+        return self.token_wise(call)
 
 
 class StackCache(CacheMethod):
@@ -207,22 +262,24 @@ class StackCache(CacheMethod):
             notes["before"] = notes["output"]
         notes["output"] = output
 
+    def begin(self, family: str, sites: Sequence[Site]) -> None:
+        if getattr(self.config, "blocks", ()):
+            raise UnsupportedError(
+                f"{self.name} takes all blocks as one here, so blocks= cannot leave some out: use a form that works "
+                "inside of them (mode='faithful', what='modules')"
+            )
+
     def wants(self, site: Site) -> bool:
         return site.kind == "stack"
 
     def needs(self, kind: str) -> frozenset[str]:
         return frozenset({"pack"})
 
-    def count(self, n: int, ratio: float) -> int:
-        """Tokens computed of `n`: snapped down to `align` in large pictures, but never to none."""
-        return count(n, ratio, getattr(self.config, "align", 1))
-
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
-        n = grid[0] * grid[1]
         if site.plan.mode in ("reuse", "forecast"):
             return Work(0, 0, text=False)
-        m = self.count(n, ratio)
-        return Work(m, n if site.kind == "attention" else m, projected=m)
+        m = self.count(grid, ratio)
+        return Work(m, grid[0] * grid[1] if site.kind == "attention" else m, projected=m)
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
@@ -240,8 +297,7 @@ class StackCache(CacheMethod):
             return None
         level = site.level
         assert level.grid is not None
-        n = math.prod(level.grid)
-        return chosen(self.select(site, self.count(n, site.plan.ratio)))
+        return chosen(self.select(site, self.count(level.grid, site.plan.ratio)))
 
     def select(self, site: Site, m: int) -> Tensor:
         """Which `m` tokens are computed, (B, m) int64, ascending; or (1, m) for all samples. At the root, eagerly."""
@@ -273,14 +329,21 @@ class StackCache(CacheMethod):
                 if self.tracks:
                     assert slot.rate is not None
                     scatter_rows(slot.rate[..., None], at, _length(moved)[..., None])
-            scatter_rows(residual, at, fresh)
+            scatter_rows(residual, at, packed(fresh, self.store))
             for clock in (age, since):
                 scatter_rows(clock[..., None], at, clock.new_zeros(len(clock), at.shape[-1], 1))
         slot.age, slot.since = age, since
         call.note(lambda: torch.where(age == 0, 0, 3 if self.forecasts else 2).to(torch.uint8))
+        kept = residual.dtype
+        dtype = torch.promote_types(x.dtype, kept)
+        residual = residual.to(dtype)
         if self.forecasts:
-            residual = torch.addcmul(residual, slot.factors[0], since[..., None].to(residual.dtype))
-        return x + residual
+            residual = torch.addcmul(residual, slot.factors[0].to(dtype), since[..., None].to(dtype))
+        if kept == x.dtype:
+            return x + residual
+        out = (x + residual).to(x.dtype)
+        # Those that were computed are as they are, not as they are kept.
+        return out if y is None or call.at is None else scatter_rows(out, call.at, y)
 
     def _renew(self, slot: Slot, residual: Tensor, pace: Tensor | None) -> None:
         """After a full step."""
@@ -291,18 +354,12 @@ class StackCache(CacheMethod):
             else:
                 moved = (residual - before) / (slot.since + pace)[..., None].to(residual.dtype)
             if self.forecasts:
-                slot.factors = [moved]
+                slot.factors = [packed(moved, self.store)]
             if self.tracks:
                 slot.rate = _length(moved)
-        slot.residual = residual
+        slot.residual = packed(residual, self.store)
         slot.age = torch.zeros(residual.shape[:2], dtype=torch.int32, device=residual.device)
         slot.since = torch.zeros(residual.shape[:2], dtype=torch.float32, device=residual.device)
-
-
-def count(n: int, ratio: float, align: int) -> int:
-    """Tokens computed of `n`: snapped down to a multiple of `align` in large pictures, but never to none."""
-    m = n - int(n * ratio)
-    return m if n < ALIGNED or m % align == 0 else max(m // align, 1) * align
 
 
 def chosen(at: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 from ..runtime.site import Level, Site
 from ..schedule.intervals import cat_counts
 from ..tokens.cluster import cat_select, features, kmeans, pool, spread
+from ..tokens.regions import lifted
 from ..tokens.scores import change
 from ..tokens.select import untie
 from .base import option, register_method
-from .caching import CacheMethod, StackCache, TokenCache, TokenConfig
+from .caching import BLOCKS_HELP, CHOICE, CacheMethod, StackCache, TokenCache, TokenConfig
 from .selectors import conditional
 
 
@@ -42,6 +43,7 @@ class CATConfig(TokenConfig):
     clusters: int = option(20, "number of clusters", low=1, high=256)
     hot: float = option(0.25, "share of the computed tokens that go to the hottest clusters", low=0.0, high=1.0)
     iterations: int = option(10, "of k-means", low=1, high=100)
+    blocks: tuple[int, ...] = option((), BLOCKS_HELP)
 
 
 class Clusters(CacheMethod):
@@ -49,6 +51,7 @@ class Clusters(CacheMethod):
 
     paper = "CAT Pruning: Cluster-Aware Token Pruning For Text-to-Image Diffusion Models, arXiv 2502.00433"
     watches_output = True
+    heeds = CHOICE
     config: CATConfig
 
     def observe(self, level: Level, output: Tensor, index: int) -> None:
@@ -63,7 +66,8 @@ class Clusters(CacheMethod):
         assert grid is not None
         noise = conditional(site, notes["output"])
         delta = change(noise, conditional(site, notes["origin"]))
-        k = min(c.clusters, m)
+        delta, first_of_all = lifted(delta, level.weights), level.guard and level.guard.tokens
+        k: int = notes.setdefault("clusters", min(c.clusters, m))  # a policy may change m later
         first = "labels" not in notes
         if first:
             notes["labels"], _ = kmeans(features(noise - conditional(site, notes["origin"]), grid), k, c.iterations)
@@ -73,9 +77,9 @@ class Clusters(CacheMethod):
         heat = pool(delta, labels, k)
         if first:
             heat = spread(heat, labels, grid)
-            at = cat_select(delta, labels, counts, m, k, m, (budget.first_cap,), heat)
+            at = cat_select(delta, labels, counts, m, k, m, (budget.first_cap,), heat, first_of_all)
         else:
-            at = cat_select(delta, labels, counts, m, k, budget.hot, budget.caps, heat)
+            at = cat_select(delta, labels, counts, m, k, budget.hot, budget.caps, heat, first_of_all)
         notes["counts"] = (0.5 * counts).scatter_add(1, at, torch.ones_like(at, dtype=counts.dtype))
         return at if len(at) == 1 else untie(at, level.halves)
 

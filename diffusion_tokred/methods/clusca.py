@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from ..runtime.rows import Out
+from ..runtime.rows import Out, packed
 from ..runtime.site import Call, Site
 from ..runtime.stack import StackCall
 from ..runtime.work import Work
@@ -19,6 +19,7 @@ from ..tokens import draw
 from ..tokens.cluster import kmeans, one_of_each
 from ..tokens.select import rows_at, untie
 from .base import option, register_method
+from .caching import BLOCKS_HELP
 from .selectors import conditional
 from .taylorseer import ForecastConfig, ModuleTaylorSeer
 
@@ -32,6 +33,7 @@ class ClusCaConfig(ForecastConfig):
     clusters: int = option(16, "number of clusters, and of tokens that a feed-forward computes", low=1, high=1024)
     weight: float = option(0.005, "what a computed token counts for the others of its cluster", low=0.0, high=1.0)
     iterations: int = option(10, "of k-means, after each full step", low=0, high=100)
+    blocks: tuple[int, ...] = option((), BLOCKS_HELP)
 
 
 @register_method("clusca", ClusCaConfig)
@@ -44,9 +46,11 @@ class ClusCa(ModuleTaylorSeer):
     attention the text stream's own feed-forward is computed."""
 
     paper = "Compute Only 16 Tokens in One Timestep: Cluster-Driven Feature Caching, arXiv 2509.10312"
+    deaf = "tokens are drawn, one of each cluster, and its attention is forecast whole"
     config: ClusCaConfig
 
     def begin(self, family: str, sites: Sequence[Site]) -> None:
+        super().begin(family, sites)
         found: dict[int, dict[str, Site]] = {}
         for site in sites:
             if site.kind == "feed_forward":
@@ -104,9 +108,9 @@ class ClusCa(ModuleTaylorSeer):
             return super().apply(call) if full else site.given(call, self.forecast(call))
         if full:
             out = super().apply(call)
-            slot.error = torch.zeros_like(out.x)
+            slot.error = packed(torch.zeros_like(out.x), self.store)
             if site.name == self._last[call.level.index]:
-                slot.score = call.x
+                slot.score = packed(call.x, self.store)
             return out
         _, labels, every, follows = call.prepared
         at, follow = every[self._place[site.name]], follows[self._place[site.name]]
@@ -115,6 +119,7 @@ class ClusCa(ModuleTaylorSeer):
         expected = self.forecast(call)
         computed = call.compute(rows_at(call.x, at), at=at)
         assert slot.error is not None
-        x = torch.lerp(expected.x + slot.error, rows_at(computed.x, labels), follow[..., None].to(expected.x.dtype))
-        slot.error = x - expected.x
+        near = expected.x + slot.error.to(expected.x.dtype)
+        x = torch.lerp(near, rows_at(computed.x, labels), follow[..., None].to(near.dtype))
+        slot.error = packed(x - expected.x, self.store)
         return site.given(call, Out(x, computed.rest, computed.head, computed.tail))

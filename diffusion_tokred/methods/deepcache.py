@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.deep import DeepSite
+from ..runtime.rows import packed
 from ..runtime.site import Site
 from ..runtime.stack import PairCall
 from ..runtime.work import Work
@@ -70,11 +71,13 @@ class DeepCache(CacheMethod):
         assert gap is not None
         if y is not None:
             order = self.config.order
-            slot.factors = factors(y, slot.factors if order else (), gap, order)
+            before = [part.to(y.dtype) for part in slot.factors] if order else ()
+            slot.factors = [packed(part, self.store) for part in factors(y, before, gap, order)]
+            slot.dtype = y.dtype
             return y
         kept = slot.factors if mode == "forecast" else slot.factors[:1]
         call.note(lambda: _states(call, len(kept[0]), 3 if mode == "forecast" else 2))
-        return extrapolate(kept, gap)
+        return extrapolate([part.to(slot.dtype) for part in kept], gap)
 
 
 def _states(call: PairCall, batch: int, state: int) -> Tensor:

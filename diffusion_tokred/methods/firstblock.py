@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..runtime.rows import packed
 from ..runtime.site import Site
 from ..runtime.stack import StackCall, StackSite
 from .base import option, register_method
@@ -72,17 +73,17 @@ class FirstBlock(StackCache):
         slot, added = call.slot, call.after - call.x
         if call.plan.mode == "reuse" and _change(added, slot.out) < self.config.threshold:
             return False
-        slot.out = added
+        slot.out = packed(added, self.store)
         return True
 
     def leave(self, call: StackCall, y: Tensor | None) -> Tensor:
         slot = call.slot
         if y is not None:
-            slot.residual = y - call.after
+            slot.residual = packed(y - call.after, self.store)
             return y
         assert slot.residual is not None
         call.note(lambda: torch.full(call.x.shape[:2], 2, dtype=torch.uint8, device=call.x.device))
-        return call.after + slot.residual
+        return call.after + slot.residual.to(call.after.dtype)
 
 
 @torch.compiler.disable(reason="firstblock decides on the host which blocks run: compile without fullgraph=True")

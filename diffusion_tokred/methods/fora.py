@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..runtime.stack import StackCall
 from .base import option, register_method
-from .caching import CacheConfig, CacheMethod, ModuleCache, StackCache
+from .caching import BLOCKS_HELP, CacheConfig, CacheMethod, ModuleCache, StackCache
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class FORAConfig(CacheConfig):
         "modules", "what is reused: each module's output, gated anew, or what all blocks add to a token together",
         choices=("modules", "stack"),
     )  # fmt: skip
+    blocks: tuple[int, ...] = option((), BLOCKS_HELP)
 
 
 @register_method("fora", FORAConfig)

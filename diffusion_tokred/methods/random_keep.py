@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,8 @@ class RandomKeepConfig(MethodConfig):
 class RandomKeep(Method):
     paper = "none: a baseline"
     kinds = ("attention", "cross_attention", "feed_forward", "parallel")
+    heeds = frozenset({"protect", "importance"})
+    shares_rows = True
     config: RandomKeepConfig
 
     def wants(self, site: Site) -> bool:
@@ -57,7 +60,9 @@ class RandomKeep(Method):
     def prepare(self, site: Site) -> tuple[Tensor, Tensor]:
         level, grid = site.level, site.level.grid
         assert grid is not None and level.key is not None  # set by the root, before each call of the denoiser
-        return keep(level.key, *grid, self.work(site, grid, site.plan.ratio).queries)
+        return keep(
+            level.key, *grid, self.work(site, grid, site.plan.ratio).queries, level.lift if level.marked else None
+        )
 
     def apply(self, call: Call) -> Out:
         (at, slot), _ = call.prepared, call.grid  # the grid: an error if the tokens are not all there
@@ -65,11 +70,13 @@ class RandomKeep(Method):
         return call.compute(call.x.index_select(1, at), at=at).map(lambda y: y.index_select(1, slot))
 
 
-def keep(key: Tensor, h: int, w: int, m: int) -> tuple[Tensor, Tensor]:
+def keep(key: Tensor, h: int, w: int, m: int, lift: Callable[..., Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Draw `m` of h * w tokens: their positions (m,), ascending, and for each token the nearest of them, (h * w,)."""
     n = h * w
     place = torch.arange(n, device=key.device)
     rank = draw(key, n, 1 << 31) * n + place  # no two are equal
+    if lift is not None:
+        rank = -lift(-rank[None], shared=True)[0]
     at = rank.topk(m, largest=False, sorted=False).indices.sort().values
     # d² n + the kept token's number: the least is the nearest, and of equally near ones the first. First along the
     # rows, then along the columns: n (h + w) sums, where comparing each token with each kept one takes n m.

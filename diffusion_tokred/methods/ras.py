@@ -11,7 +11,7 @@ from ..runtime.site import Site
 from ..tokens.scores import deviation
 from ..tokens.select import top, untie
 from .base import option, register_method
-from .caching import StackCache, TokenConfig
+from .caching import CHOICE, StackCache, TokenConfig
 from .selectors import conditional
 
 
@@ -38,6 +38,7 @@ class RASConfig(TokenConfig):
 class RAS(StackCache):
     paper = "Region-Adaptive Sampling for Diffusion Transformers, arXiv 2502.10389"
     watches_output = True
+    heeds = CHOICE
     config: RASConfig
 
     def select(self, site: Site, m: int) -> Tensor:
@@ -51,8 +52,9 @@ class RAS(StackCache):
         from_top = int((n - m) * c.high)
         weight = torch.exp(c.starvation * drops)
         # First those that deviate most go, then those that deviate least: m are left.
-        gone = top(spread / weight, from_top)
-        left = (spread * weight).scatter(1, gone, float("-inf"))
+        gone = top(-level.lift(-spread / weight), from_top)
+        left = level.lift(spread * weight)
+        left = left.scatter(1, gone, float("-inf"))
         at = top(left, m)
         notes["drops"] = drops.add(1).scatter_add(1, at, drops.new_full(at.shape, -1))
         return at if len(at) == 1 else untie(at, level.halves)

@@ -100,10 +100,3 @@ def _kept(site: Site, place: int) -> Tensor:
         ]
         memory.notes[name] = memory.clock.full, (score := torch.stack(found).mean(0))
     return tie(score, site.level.halves)
-
-
-def ranked(scores: Tensor) -> Tensor:
-    """Scores as shares of the tokens that are below: (R, N) in [0, 1), so that scores of any kind can be added."""
-    order = scores.argsort(dim=-1, stable=True)
-    place = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float32).expand_as(order)
-    return torch.empty_like(place).scatter_(-1, order, place) / scores.shape[-1]

@@ -15,7 +15,7 @@ from ..runtime.stack import StackCall
 from ..runtime.store import Slot
 from ..tokens.forecast import BASES, extrapolate, weights
 from .base import option, register_method
-from .caching import CacheConfig, CacheMethod, ModuleCache, StackCache
+from .caching import BLOCKS_HELP, CacheConfig, CacheMethod, ModuleCache, StackCache
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class TaylorSeerConfig(ForecastConfig):
         "auto", "what is forecast: what all blocks add to a token together (the paper's lite form), or each module's "
         "output; auto is stack, and modules in UNets", choices=("auto", "stack", "modules"),
     )  # fmt: skip
+    blocks: tuple[int, ...] = option((), BLOCKS_HELP)
 
 
 class Forecast(CacheMethod):
@@ -74,13 +75,15 @@ class Forecast(CacheMethod):
     def renew(self, slot: Slot, out: Out, gap: Tensor) -> None:
         """Keep what a full step computed."""
         c = self.config
+        slot.dtype = out.x.dtype
         if c.basis == "lagrange":
-            slot.factors = [out, *slot.factors[: c.order]]
+            slot.factors = [out.packed(self.store), *slot.factors[: c.order]]
             return
         found = [out]
         for before in slot.factors[: c.order]:
+            before = self.widened(before, slot.dtype)
             found.append(found[-1].combine(lambda new, old: (new - old) / gap.to(new.dtype), before))
-        slot.factors = found
+        slot.factors = [part.packed(self.store) for part in found]
 
     def counts(self, call: Call | StackCall) -> Tensor:
         """What `prepare` made."""
@@ -91,7 +94,8 @@ class Forecast(CacheMethod):
         """What it would compute now."""
         gap = call.level.gap
         assert gap is not None
-        first, *others = call.slot.factors
+        slot = call.slot
+        first, *others = (self.widened(part, slot.dtype) for part in slot.factors)
         if not others:
             return first
         if self.config.basis == "lagrange":

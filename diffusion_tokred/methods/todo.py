@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,7 @@ from ..errors import ConfigError
 from ..runtime.rows import KV, Out
 from ..runtime.site import Call, Site
 from ..runtime.work import Work
-from ..tokens import MODES, downsample, pooled_grid, positions
+from ..tokens import MODES, compact, downsample, pooled_grid, positions
 from .base import Method, MethodConfig, option, register_method
 
 
@@ -38,6 +39,9 @@ class ToDo(Method):
     paper = "ToDo: Token Downsampling for Efficient Generation of High-Resolution Images, arXiv 2402.13573"
     kinds = ("attention",)
     every = 2**31  # which tokens are kept is the same at every step
+    heeds = frozenset({"protect"})
+    deaf = "it keeps tokens by their place alone"
+    shares_rows = True
     config: ToDoConfig
 
     def wants(self, site: Site) -> bool:
@@ -51,7 +55,22 @@ class ToDo(Method):
 
     def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
         h, w = pooled_grid(*grid, _factor(ratio))
-        return Work(grid[0] * grid[1], h * w)
+        return Work(grid[0] * grid[1], h * w + self._own(site, grid, ratio))
+
+    def spare(self, site: Site, mode: str, ratio: float) -> tuple[str, float]:
+        return mode, ratio  # protected tokens keep keys and values of their own, beside those of the pooled grid
+
+    def _own(self, site: Site, grid: tuple[int, int], ratio: float) -> int:
+        """Protected tokens that get keys and values beside those of the pooled grid."""
+        guard, mode, factor = site.level.guard, self.config.mode, _factor(ratio)
+        if guard is None:
+            return 0
+
+        def count(tokens: Tensor) -> int:
+            own = tokens.any(0)
+            return int((own.index_fill(0, positions(*grid, factor, mode), False) if mode in MODES[:2] else own).sum())
+
+        return guard.once((factor, mode), count)
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
@@ -64,7 +83,14 @@ class ToDo(Method):
         assert level.grid is not None and level.key is not None  # set by the root
         h, w = level.grid
         at = positions(h, w, factor, mode, level.key.device) if mode in MODES[:2] else None
-        return KV(partial(downsample, h=h, w=w, factor=factor, mode=mode), at)
+        pool = partial(downsample, h=h, w=w, factor=factor, mode=mode)
+        if level.guard is None:
+            return KV(pool, at)
+        count, own = self._own(site, level.grid, site.plan.ratio), level.guard.shared[0]
+        if at is None:
+            return KV(partial(_pooled, pool=pool, own=compact(own, count)))
+        at = compact(own.index_fill(0, at, True), len(at) + count)
+        return KV(partial(torch.index_select, dim=1, index=at), at)
 
     def apply(self, call: Call) -> Out:
         kv, _ = call.prepared, call.grid  # the grid: an error if the tokens are not all there
@@ -79,6 +105,11 @@ def _factor(ratio: float) -> int:
             f"todo: ratio {ratio:g} is not that of a whole pooling factor: 0, 0.75, 0.8889, 0.9375, ... (1 - 1/factor²)"
         )
     return factor
+
+
+def _pooled(x: Tensor, pool: Callable[[Tensor], Tensor], own: Tensor) -> Tensor:
+    """The pooled tokens, and after them those at `own`."""
+    return torch.cat([pool(x), x.index_select(1, own)], 1)
 
 
 def _status(x: Tensor, at: Tensor | None) -> Tensor:

@@ -12,6 +12,8 @@ from ..runtime.rows import Out
 from ..runtime.site import Call, Site
 from ..runtime.work import Work
 from ..tokens import Merge, destinations, draw, match, split
+from ..tokens.regions import mergeable, ratio_of
+from ..tokens.select import untie
 from .base import Method, MethodConfig, option, register_method
 
 _OPTIONS = {
@@ -45,6 +47,7 @@ class ToMeConfig(MethodConfig):
         0, "0: match in each block, as published; k: one matching a level, shared by its blocks for k steps", low=0
     )
     share_cfg: bool = option(False, "the level's matching is one for the conditional and the unconditional half")
+    align: int = option(1, "counts of tokens left are snapped down to it in large pictures", low=1, high=4096)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +69,13 @@ class ToMe(Method):
     paper = "Token Merging for Fast Stable Diffusion, arXiv 2303.17604"
     kinds = ("attention", "cross_attention", "feed_forward", "parallel")
     watches_input = True
+    heeds = frozenset({"protect", "importance"})
     config: ToMeConfig
 
     def __init__(self, config: ToMeConfig) -> None:
         super().__init__(config)
         self.every, self.shares_passes = config.reuse_every, config.share_cfg
+        self.shares = "ratio" if config.reuse_every else ""
 
     def wants(self, site: Site) -> bool:
         return self._is_on(site.kind) and site.level.index in self.config.levels
@@ -94,9 +99,27 @@ class ToMe(Method):
     def check(self, ratio: float) -> None:
         _check(ratio, self.config)
 
-    def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
+    def count(self, grid: tuple[int, int], ratio: float) -> int:
+        """Snapped up where the destinations are more than the count snapped down."""
+        m, align = super().count(grid, ratio), self.config.align
+        least = len(destinations(*grid, self.config.sy, self.config.sx)) if align > 1 else 0
+        return m if m >= least else -(-least // align) * align
+
+    def spare(self, site: Site, mode: str, ratio: float) -> tuple[str, float]:
+        """As many tokens as can be merged away, if that is fewer."""
+        guard, grid, c = site.level.guard, site.level.grid, self.config
+        if guard is None or grid is None or mode == "full" or not guard.most():
+            return mode, ratio
         n = grid[0] * grid[1]
-        return Work(n - int(n * ratio))
+        most = guard.once("mergeable", lambda tokens: mergeable(tokens, grid, c.sy, c.sx))
+        if n - self.count(grid, ratio) <= most:
+            return mode, ratio
+        m, align = n - most, self.align_of(n)
+        m = -(-m // align) * align
+        return ("reduce", ratio_of(n, m)) if m < n else ("full", 0.0)
+
+    def work(self, site: Site, grid: tuple[int, int], ratio: float) -> Work:
+        return Work(self.count(grid, ratio))
 
     def overhead(self, site: Site, grid: tuple[int, int], ratio: float) -> int:
         dst = len(destinations(*grid, self.config.sy, self.config.sx))
@@ -108,7 +131,7 @@ class ToMe(Method):
         if not (self.config.reuse_every and site.leader):
             return 0
         n = grid[0] * grid[1]
-        m = Merge(torch.zeros(batch, n, dtype=torch.int64, device="meta"), n - int(n * ratio))
+        m = Merge(torch.zeros(batch, n, dtype=torch.int64, device="meta"), self.count(grid, ratio))
         return sum(t.nbytes for t in vars(m).values() if isinstance(t, Tensor))
 
     def apply(self, call: Call) -> Out:
@@ -124,9 +147,10 @@ class ToMe(Method):
     def _plan(self, call: Call) -> Merge:
         """This block's matching, or the level's: made by the first that needs it, in a slot that outlives the call."""
         if not self.config.reuse_every:
-            if call.block.scratch is None:
-                call.block.scratch = self._match(call)
-            return call.block.scratch
+            text = call.plan.text  # a policy may have another ratio for other kinds of site
+            if call.block.scratch is None or call.block.scratch[0] != text:
+                call.block.scratch = (text, self._match(call))
+            return call.block.scratch[1]
         # Some calls leave out blocks (SD3's skip-layer guidance), the leader perhaps: then the first that is there.
         if call.plan.refresh and (call.site.leader or call.level.memory.value is None):
             call.level.memory.value = self._match(call)
@@ -144,8 +168,13 @@ class ToMe(Method):
         (h, w), x = call.grid, call.block.input
         assert x is not None  # kept by the block, since `watches_input`
         dst, src = call.prepared
-        r = int(h * w * call.plan.ratio)
-        return match(x, dst, src, r, halves=call.level.halves if self.config.share_cfg else 1)
+        r, level, share = h * w - self.count((h, w), call.plan.ratio), call.level, self.config.share_cfg
+        weights, tokens = level.weights, None if level.guard is None else level.guard.tokens
+        if not share:  # each half has rows of its own
+            weights, tokens = (
+                part if part is None or len(part) == 1 else untie(part, level.halves) for part in (weights, tokens)
+            )
+        return match(x, dst, src, r, level.halves if share else 1, weights, tokens)
 
 
 def _check(ratio: float, config: ToMeConfig) -> None:

@@ -29,29 +29,39 @@ class KV:
         return self.reduce(rows)
 
 
+def packed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As it is kept, in `dtype`; itself if that is None, or its own. What float16 has no room for becomes its largest
+    number, as infinity would spread."""
+    if dtype is None or x.dtype == dtype:
+        return x
+    return (x.clamp(-65504, 65504) if dtype == torch.float16 else x).to(dtype)
+
+
 class Cache:
     """Keys and values of all tokens, of which this call renews the rows `at` in place (CAT, RAS, packed stacks).
 
-    `at` is (M,) or (B, M) int64, or None when the call hands in all tokens.
+    `at` is (M,) or (B, M) int64, or None when the call hands in all tokens. `dtype`: of what is kept, None as it comes.
+    Rows that the call computes are seen as they are, whatever that is.
     """
 
-    def __init__(self, at: Tensor | None = None) -> None:
-        self.at = at
+    def __init__(self, at: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        self.at, self.dtype = at, dtype
         self.stored: list[Tensor] = []
         self._next = 0
 
     def rows(self, rows: Tensor) -> Tensor:
         """Projected rows of `at`, (B, M, H * D) -> rows of all tokens, (B, N, H * D). Called for k, then for v."""
         place, self._next = self._next, 1 - self._next
+        kept = packed(rows, self.dtype)
         if len(self.stored) <= place:
-            self.stored.append(rows.clone())
+            self.stored.append(rows.clone() if kept is rows else kept)
         elif self.at is None:
-            self.stored[place].copy_(rows)
-        elif self.at.ndim == 1:
-            self.stored[place].index_copy_(1, self.at, rows)
+            self.stored[place].copy_(kept)
         else:
-            self.stored[place].scatter_(1, self.at[:, :, None].expand_as(rows), rows)
-        return self.stored[place]
+            scatter_rows(self.stored[place], self.at, kept)
+        if kept is rows:
+            return self.stored[place]
+        return rows if self.at is None else scatter_rows(self.stored[place].to(rows.dtype), self.at, rows)
 
 
 class Attended:
@@ -59,15 +69,18 @@ class Attended:
     nothing, and get their rows of it (ToCa).
 
     `at` is (M,) or (B, M) int64, the image tokens of this call, or None when it hands in all of them and is to be kept.
+    `dtype`: of what is kept, None as it comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.at: Tensor | None = None
+        self.dtype, self.given = dtype, dtype
         self.stored: Tensor | None = None
 
     def keep(self, out: Tensor, dim: int) -> Tensor:
         """`out` of a call with all rows, tokens on axis `dim`: (B, H, S, D) or (B, S, H, D)."""
-        self.stored = out.transpose(1, 2) if dim == 2 else out
+        self.given = out.dtype
+        self.stored = packed(out.transpose(1, 2) if dim == 2 else out, self.dtype)
         return out
 
     def rows(self, start: int, tail: int, dim: int) -> Tensor:
@@ -75,7 +88,7 @@ class Attended:
         assert self.stored is not None and self.at is not None
         end = self.stored.shape[1] - tail
         image = rows_at(self.stored[:, start:end].flatten(2), self.at).unflatten(2, self.stored.shape[2:])
-        found = torch.cat([self.stored[:, :start], image, self.stored[:, end:]], 1)
+        found = torch.cat([self.stored[:, :start], image, self.stored[:, end:]], 1).to(self.given)
         return found.transpose(1, 2) if dim == 2 else found
 
 
@@ -126,6 +139,10 @@ class Out:
         besides = zip(*(out.beside for out in every), strict=True)
         out.beside = [first.combine(change, *more) for first, *more in besides]
         return out
+
+    def packed(self, dtype: torch.dtype | None) -> Out:
+        """As it is kept, in `dtype`: see `packed`."""
+        return self if dtype is None else self.combine(lambda x: packed(x, dtype))
 
     def renewed(self, at: Tensor, rows: Out) -> Out:
         """A copy, with the image tokens `at`, (M,) or (B, M), and all that is none of them, from `rows`."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import StateError
+from ..tokens import lifted
 from .ledger import Wrapper
 from .rows import KV, Attended, Cache, Out
 from .store import Memory, Slot
@@ -76,6 +77,8 @@ class Level:
         status: (B, N) uint8, what became of each token, when the run records it.
         running: False outside of the denoiser's calls, where another model may call modules that it shares with it.
         at: (M,) or (B, M) int64, which of the tokens are under way, while a stack runs on some of them; else None.
+        guard: the protected tokens (`runtime.regions`), or None; protected: whether there are any in this run.
+        weights: (1 or pictures, N) float32, how much each token matters to the user, or None.
         gap, pace: 0-d float32, for methods that keep something: how far it is from the last full step of this pass,
             and from its last step, in steps or in noise level (`Method.coordinate`).
     """
@@ -90,10 +93,28 @@ class Level:
         self.start = 0
         self.halves = 1
         self.key: Tensor | None = None
+        self.guard: Any = None
+        self.protected = False
+        self.weights: Tensor | None = None
+        self.weighed: Any = None  # of what the weights were made
         self.memory = Memory()
         self.scratch: dict[str, Any] = {}
         self.recording = False
         self.status: Tensor | None = None
+
+    @property
+    def marked(self) -> bool:
+        """Whether the user has marked anything of it."""
+        return self.guard is not None or self.weights is not None
+
+    def lift(self, scores: Tensor, shared: bool = False) -> Tensor:
+        """Scores (R, N) by which tokens are chosen, large means compute, with what the user has marked: see
+        `tokens.lifted`. `shared`: for one index set for all pictures, R = 1."""
+        if self.weights is not None:
+            scores = lifted(scores, self.weights.mean(0, keepdim=True) if shared else self.weights)
+        if self.guard is not None:
+            scores = lifted(scores, None, self.guard.shared if shared else self.guard.tokens)
+        return scores
 
     def image(self, rows: Tensor, start: int) -> Tensor:
         """The image tokens of a sequence (B, S, C), where they begin at row `start`: (B, N, C).

@@ -92,6 +92,7 @@ class StackSite(Site):
         self.refused = refused or {}
         self.attentions: list[Any] = [site for site in inner if site.kind == "attention" and "cache" in site.offers]
         self.packs = False
+        self.store: torch.dtype | None = None  # see `Method.store`
         self.ahead = 0
         self.first, self.last = 0, len(self.blocks) - 1
         self.call: StackCall | None = None
@@ -113,7 +114,7 @@ class StackSite(Site):
         self.inner = tuple(site for site in self.inner if id(site.module) in inside)
 
     def wrappers(self, method: Any) -> list[Wrapper]:
-        self.packs = "pack" in method.needs(self.kind)
+        self.packs, self.store = "pack" in method.needs(self.kind), method.store
         found: list[Wrapper] = [
             StackBlock(self, module, joint, i, method) for i, (module, joint) in enumerate(self.blocks)
         ]
@@ -163,7 +164,7 @@ class StackSite(Site):
         found = super().slots()
         for site in self.attentions if self.packs else ():
             found[site.name] = Slot()
-            found[site.name].cache = Cache()
+            found[site.name].cache = Cache(dtype=self.store)
         return found
 
     def weights(self) -> Weights:

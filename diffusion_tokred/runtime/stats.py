@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import need
+
 TOKEN_STATES = ("computed", "merged", "reused", "forecast", "pruned", "protected")
 
 
@@ -16,9 +18,11 @@ TOKEN_STATES = ("computed", "merged", "reused", "forecast", "pruned", "protected
 class StepRecord:
     """One call of the denoiser.
 
-    `mode` and `ratio` are those of the step's plan. Tokens are summed over the sites in use, for one sample: a token is
-    computed where it is query and key. `flops` (2 a multiply-add, whole batch, whole denoiser) are counted, never
-    timed; `seconds` is None unless the run was patched with `record="time"`. Unknown noise is nan (null in JSON).
+    `mode` and `ratio` are those of the step's plan (by a policy with rules, those of the largest ratio); the ratio is
+    what it comes to where counts of tokens are snapped (`align`). Tokens are summed over the sites in use, for one
+    sample: a token is computed where it is query and key. `flops` (2 a multiply-add, whole batch, whole denoiser) are
+    counted, never timed; `seconds` is None unless the run was patched with `record="time"`. Unknown noise is nan (null
+    in JSON).
     """
 
     run: int
@@ -75,6 +79,14 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), allow_nan=False)
 
+    def to_pandas(self) -> Any:
+        """The steps as a pandas DataFrame, one row a denoiser call; unknown numbers are nan, seconds None.
+
+        Raises:
+            ImportError: pandas is not installed (it comes with the `eval` and `app` extras).
+        """
+        return need("pandas", "eval", "to_pandas()").DataFrame([asdict(step) for step in self.steps])
+
     def table(self) -> str:
         """A plain-text table, one line a denoiser call."""
         lines = [
@@ -98,9 +110,7 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed (it comes with the `eval` and `app` extras).
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = need("matplotlib.figure", "eval", "a plot").Figure(figsize=(7, 4), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
         known = not any(math.isnan(s.u) for s in self.steps)
         x = [s.u if known else s.index for s in self.steps]

@@ -78,6 +78,7 @@ class Slot:
         error: (B, N, C), how far a forecast was off.
         rate: (B, N), how much a token's residual changed in a step, when that was last seen.
         cache: keys and values.
+        dtype: of what was kept, before it was packed.
     """
 
     def __init__(self) -> None:
@@ -90,6 +91,7 @@ class Slot:
         self.error: Tensor | None = None
         self.rate: Tensor | None = None
         self.cache: Any = None
+        self.dtype: Any = None
 
     def tensors(self) -> list[Tensor]:
         """All that it holds, each once."""

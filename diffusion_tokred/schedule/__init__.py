@@ -14,23 +14,30 @@ from .intervals import (
     toca_share,
 )
 from .noise import is_flow, log_snr, noise_levels, noise_ratio
-from .policy import MODES, Policy, as_policy
+from .points import MODES
+from .policy import Policy, Rule, as_policy
+from .stamp import check_model, config_hash, model_of, scheduler_of
 
 __all__ = [
     "MODES",
     "CatCounts",
     "Policy",
+    "Rule",
     "as_policy",
     "cat_counts",
     "cat_is_full",
+    "check_model",
+    "config_hash",
     "duca_kind",
     "fixed_full_steps",
     "is_flow",
     "is_full",
     "log_snr",
+    "model_of",
     "noise_levels",
     "noise_ratio",
     "ras_active",
+    "scheduler_of",
     "toca_full_steps",
     "toca_share",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import json
 import math
 import os
@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import ConfigError, UnsupportedError
+from . import hub, shapes, stamp
+from .points import MODES, Point, checked, holds, is_constant, point
+from .rules import Rule, as_rule
+from .shapes import COUNTS
 
-MODES = ("full", "reduce", "reuse", "forecast", "skip")
-VERSION = 1
+__all__ = ["MODES", "Policy", "Rule", "as_policy"]
 
-Point = tuple[float, float, str]  # u, ratio, mode
+VERSION = 2  # 1: without rules and library
 _META = ("method", "model", "scheduler", "measured")
 
 
@@ -36,10 +39,15 @@ class Policy:
     "reuse", "forecast" and "skip", which may leave out a whole step. Ratio 0 and mode "full" mean the same and are
     written as ("full", 0).
 
-    `method`, `model`, `scheduler` and `measured` say what the policy was made for (any JSON); they change nothing.
+    `rules` say what holds at some sites instead: see `Rule`; plain dicts will do. *The first that matches a site wins*,
+    so put the narrow ones first; where none matches, `points` hold.
+
+    `method` (a config's `to_dict()`), `model`, `scheduler`, `measured` and `library` say what the policy was made for:
+    `for_pipe` fills them in. `patch` takes the method from there if it is not told one, and refuses another method or
+    another model. Anything else in them is a remark, and changes nothing.
 
     Raises:
-        ConfigError: points that are not sorted, numbers out of range or not finite, unknown modes.
+        ConfigError: points that are not sorted, numbers out of range or not finite, unknown modes, wrong rules.
     """
 
     points: tuple[Point, ...] = ()
@@ -50,68 +58,177 @@ class Policy:
     function: Callable[[float], Any] | None = (
         None  # instead of points: u -> ratio, or u -> (ratio, mode); cannot be saved
     )
+    rules: tuple[Rule, ...] = ()
+    library: str | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if self.function is not None and self.points:
             raise ConfigError("a policy has points or a function, not both")
-        if isinstance(self.points, (str, bytes, Mapping)) or not isinstance(self.points, Sequence):
-            raise ConfigError(f"points must be a list of (u, ratio, mode), found {self.points!r}")
-        points = tuple(_point(p) for p in self.points)
-        for above, below in itertools.pairwise(points):
-            if not below[0] < above[0]:
-                raise ConfigError(
-                    f"points must be sorted by descending u, without repeats: found {below[0]:g} after {above[0]:g}"
-                )
-        object.__setattr__(self, "points", points)
+        object.__setattr__(self, "points", checked(self.points))
+        if isinstance(self.rules, (str, bytes, Mapping)) or not isinstance(self.rules, Sequence):
+            raise ConfigError(f"rules must be a list such as [{{'level': 1, 'points': ...}}], found {self.rules!r}")
+        object.__setattr__(self, "rules", tuple(map(as_rule, self.rules)))
+
+    # --- shapes --------------------------------------------------------------------------------------------------
 
     @classmethod
     def constant(cls, ratio: float, mode: str = "reduce") -> Policy:
         """The same ratio and mode at every noise level."""
         return cls(points=((1.0, ratio, mode),))
 
+    @classmethod
+    def stepwise(cls, ratios: Sequence[float], at: Sequence[float] | None = None, mode: str = "reduce") -> Policy:
+        """Ratios one after the other, from pure noise on.
+
+        `stepwise([0.6, 0.3, 0], at=[0.7, 0.2])` is 0.6 down to u = 0.7, then 0.3, and from 0.2 on everything is
+        computed. Without `at` each holds over an equal stretch of u.
+        """
+        return cls(points=shapes.stepped(ratios, at, mode))
+
+    @classmethod
+    def linear(cls, first: float, last: float = 0.0, mode: str = "reduce", counts: int = COUNTS) -> Policy:
+        """From the ratio `first` at u = 1 straight to `last` at u = 0, in at most `counts` steps: see `shaped`."""
+        return cls.shaped(shapes.linear(first, last), mode, counts)
+
+    @classmethod
+    def cosine(cls, first: float, last: float = 0.0, mode: str = "reduce", counts: int = COUNTS) -> Policy:
+        """From the ratio `first` at u = 1 to `last` at u = 0 along half a cosine, in at most `counts` steps."""
+        return cls.shaped(shapes.cosine(first, last), mode, counts)
+
+    @classmethod
+    def piecewise(cls, points: Sequence[Sequence[float]], mode: str = "reduce", counts: int = COUNTS) -> Policy:
+        """Straight from point `(u, ratio)` to point, in at most `counts` steps; constant beyond the ends.
+
+        Points are given by descending u, as everywhere.
+        """
+        return cls.shaped(shapes.through(points), mode, counts)
+
+    @classmethod
+    def shaped(cls, shape: Callable[[float], float], mode: str = "reduce", counts: int = COUNTS) -> Policy:
+        """The step function of at most `counts` ratios that is nearest to a shape u -> ratio, in the mean square over
+        u. Each ratio is the shape's mean where it holds.
+
+        Three is what methods that merge or pack tokens may have in a run, beside 0; where the shape is 0, everything is
+        computed. Methods that run as published (`mode="faithful"`) take as many as you like.
+
+        Raises:
+            ConfigError: the shape gives something that is no ratio.
+        """
+        return cls(points=shapes.quantised(shape, counts, mode))
+
+    # --- what holds ----------------------------------------------------------------------------------------------
+
     @property
     def is_constant(self) -> bool:
         """Whether `at` is the same for every `u`, so that the noise level need not be known."""
-        rules = {(mode, ratio) for _, ratio, mode in self.points}
-        return self.function is None and (rules <= {("full", 0.0)} or (len(rules) == 1 and self.points[0][0] == 1.0))
+        return self.function is None and all(map(is_constant, self._lists))
 
     @property
     def is_dense(self) -> bool:
         """Whether everything is computed at every noise level."""
-        return self.function is None and all(mode == "full" for _, _, mode in self.points)
+        return self.function is None and all(mode == "full" for points in self._lists for _, _, mode in points)
+
+    @property
+    def _lists(self) -> list[tuple[Point, ...]]:
+        return [self.points, *(rule.points for rule in self.rules)]
+
+    def rule(self, level: int, kind: str, block: int) -> Rule | None:
+        """The rule for a site: the first that matches. None: the policy's own points hold."""
+        return next((rule for rule in self.rules if rule.matches(level, kind, block)), None)
 
     def at(self, u: float, level: int = 0, kind: str = "attention", block: int = 0) -> tuple[str, float]:
-        """`(mode, ratio)` at noise level `u`, for a site (version 1 has the same rule for all sites).
+        """`(mode, ratio)` at noise level `u`, for a site.
 
         Raises:
-            UnsupportedError: `u` is nan, that is unknown, and the policy is not constant.
+            UnsupportedError: `u` is nan, that is unknown, and what holds at this site is not constant.
             ConfigError: a function returned something that is no ratio.
         """
+        rule = self.rule(level, kind, block) if self.rules else None
+        points = self.points if rule is None else rule.points
+        function = self.function if rule is None else None
         if math.isnan(u):
-            if not self.is_constant:
+            if function is not None or not is_constant(points):
                 raise UnsupportedError(
                     "this policy depends on the noise level, which is unknown here: the denoiser was called outside of"
                     " a denoising loop, or its scheduler has no table of noise levels; use a constant ratio"
                 )
             u = 1.0
-        if self.function is not None:
-            value = self.function(u)
-            rule = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-            _, ratio, mode = _point((u, *rule))
+        if function is not None:
+            value = function(u)
+            given = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+            _, ratio, mode = point((u, *given))
             return mode, ratio
-        mode, ratio = "full", 0.0
-        for start, point_ratio, point_mode in self.points:
-            if u > start:
-                break
-            mode, ratio = point_mode, point_ratio
-        return mode, ratio
+        return holds(points, u)
+
+    def everywhere(self, u: float) -> list[tuple[str, float]]:
+        """`(mode, ratio)` at a noise level: of the policy's own points, then of each rule."""
+        own = dataclasses.replace(self, rules=()).at(u) if self.function is not None else holds(self.points, u)
+        return [own, *(holds(rule.points, u) for rule in self.rules)]
+
+    def asked(self, level: int = 0, kind: str = "attention", block: int = 0) -> dict[float, tuple[str, float]]:
+        """`(mode, ratio)` of a site by the noise levels at which they begin to hold, from 1 down; a function's, at
+        each hundredth."""
+        rule = self.rule(level, kind, block)
+        if rule is None and self.function is not None:
+            return {i / 100: self.at(i / 100) for i in range(100, -1, -1)}
+        points = self.points if rule is None else rule.points
+        return {u: holds(points, u) for u in (1.0, *(u for u, _, _ in points))}
+
+    # --- what it was made for ------------------------------------------------------------------------------------
+
+    def for_pipe(self, pipe: Any, method: Any = None, measured: Any = None) -> Policy:
+        """A copy that says what it is for: the pipeline's model and scheduler, and this release of the library.
+
+        Args:
+            pipe: a pipeline, or a denoiser.
+            method: the config it is for, or its `to_dict()`; default: what it says already.
+            measured: what was measured, plain JSON; default: what it says already.
+
+        Raises:
+            ConfigError: there is no denoiser in it.
+        """
+        parts = [getattr(pipe, name, None) for name in stamp.PARTS]
+        found = [part for part in (*parts, pipe) if hasattr(part, "forward") and not isinstance(part, type)]
+        if not found:
+            raise ConfigError(f"{type(pipe).__name__} is neither a pipeline with a denoiser nor a denoiser")
+        return dataclasses.replace(
+            self,
+            method=(method.to_dict() if hasattr(method, "to_dict") else method) or self.method,
+            model=stamp.model_of(getattr(part, "_orig_mod", part) for part in found),
+            scheduler=stamp.scheduler_of(getattr(pipe, "scheduler", None)) or self.scheduler,
+            measured=measured or self.measured,
+            library=stamp.library(),
+        )
+
+    def without_model(self) -> Policy:
+        """A copy that any model may take."""
+        return dataclasses.replace(self, model=None)
+
+    def without_method(self) -> Policy:
+        """A copy that any method may take."""
+        return dataclasses.replace(self, method=None)
+
+    # --- files ---------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. Raises ConfigError for a policy made of a function."""
+        """Plain JSON values; version 1 where it has neither rules nor `library`. Raises ConfigError for a policy made
+        of a function."""
         if self.function is not None:
-            raise ConfigError("a policy made of a function cannot be saved: give its points, (u, ratio, mode)")
-        head: dict[str, Any] = {"_type": "Policy", "_version": VERSION, "points": [list(p) for p in self.points]}
-        return head | {key: getattr(self, key) for key in _META if getattr(self, key) is not None}
+            raise ConfigError(
+                "a policy made of a function cannot be saved: give its points, (u, ratio, mode), or Policy.shaped("
+                "function), the nearest step function"
+            )
+        newer: dict[str, Any] = {}
+        if self.rules:
+            newer["rules"] = [rule.to_dict() for rule in self.rules]
+        if self.library is not None:
+            newer["library"] = self.library
+        head: dict[str, Any] = {
+            "_type": "Policy",
+            "_version": 2 if newer else 1,
+            "points": list(map(list, self.points)),
+        }
+        return head | newer | {key: getattr(self, key) for key in _META if getattr(self, key) is not None}
 
     @classmethod
     def from_dict(cls, data: Any) -> Policy:
@@ -127,18 +244,25 @@ class Policy:
             raise ConfigError(
                 f"the policy has version {version}, this release reads up to {VERSION}: update diffusion-tokred"
             )
-        if unknown := sorted(set(data) - {"_type", "_version", "points", *_META}):
-            raise ConfigError(f"unknown keys in a policy: {', '.join(unknown)}; allowed are points, {', '.join(_META)}")
+        known = ("points", *(("rules", "library") if version > 1 else ()), *_META)
+        if unknown := sorted(set(data) - {"_type", "_version", *known}):
+            raise ConfigError(f"unknown keys in a policy: {', '.join(unknown)}; allowed are {', '.join(known)}")
         if "points" not in data:
             raise ConfigError("the policy has no points: a list of [u, ratio, mode]")
-        return cls(**{key: value for key, value in data.items() if key in ("points", *_META)})
+        if not isinstance(data.get("library"), (str, type(None))):
+            raise ConfigError(f"library of a policy is a name and a version, found {data['library']!r}")
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+    def to_json(self) -> str:
+        """As `save` writes it. Raises ConfigError for what is no JSON."""
+        try:
+            return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the policy cannot be written as JSON: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, atomically: the file is the old one or the new one, never half of it."""
-        try:
-            text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"the policy cannot be written as JSON: {error}") from error
+        text = self.to_json()
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -150,16 +274,61 @@ class Policy:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
         """Read what `save` wrote. Raises ConfigError that names the file."""
+        return cls._read(Path(path), os.fspath(path))
+
+    def push_to_hub(
+        self, repo_id: str, filename: str = hub.FILENAME, *, commit_message: str | None = None,
+        private: bool | None = None, token: str | bool | None = None, create_pr: bool = False,
+        revision: str | None = None,
+    ) -> str:  # fmt: skip
+        """Write the policy to a repository of the Hugging Face hub, as one JSON file.
+
+        Args:
+            repo_id: "user/name"; made if it is not there.
+            filename: in the repository, which may hold many.
+            commit_message, private, token, create_pr: as in diffusers' `push_to_hub`.
+            revision: branch to write to; default: main.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: the policy is made of a function; or the hub refuses, with its reason.
+        """
+        message = commit_message or f"Upload {filename} with diffusion_tokred"
+        return hub.push(self.to_json(), repo_id, filename, message, private, token, create_pr, revision)
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, filename: str = hub.FILENAME, *, revision: str | None = None,
+        token: str | bool | None = None, cache_dir: str | os.PathLike[str] | None = None,
+        subfolder: str | None = None, force_download: bool = False, local_files_only: bool = False,
+    ) -> Policy:  # fmt: skip
+        """Read a policy from a repository of the Hugging Face hub, or from the local cache of it.
+
+        Args: as in diffusers' `from_pretrained`.
+
+        Raises:
+            ConfigError: no such file, no access, or no policy in it.
+        """
+        path = hub.pull(
+            repo_id, filename, revision=revision, token=token, cache_dir=cache_dir, subfolder=subfolder,
+            force_download=force_download, local_files_only=local_files_only,
+        )  # fmt: skip
+        return cls._read(path, "/".join(filter(None, (repo_id, subfolder, filename))))
+
+    @classmethod
+    def _read(cls, path: Path, name: str) -> Policy:
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the policy {os.fspath(path)}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{os.fspath(path)} is not JSON: {error}") from error
+            raise ConfigError(f"cannot read the policy {name}: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"{name} is not JSON: {error}") from error
         try:
             return cls.from_dict(data)
         except ConfigError as error:
-            raise ConfigError(f"{os.fspath(path)}: {error}") from error
+            raise ConfigError(f"{name}: {error}") from error
 
 
 @overload
@@ -183,28 +352,3 @@ def as_policy(value: Any) -> Policy | None:
         f" found {type(value).__name__}"
         + ("; read a file with Policy.load(path)" if isinstance(value, (str, os.PathLike)) else "")
     )
-
-
-def _point(point: Any) -> Point:
-    """Check and normalise one `(u, ratio[, mode])`."""
-    if isinstance(point, (str, bytes)) or not isinstance(point, Sequence) or len(point) not in (2, 3):
-        raise ConfigError(f"a point is (u, ratio, mode), found {point!r}")
-    u = _number("u", point[0])
-    ratio = _number("ratio", point[1])
-    mode = point[2] if len(point) == 3 else ("reduce" if ratio else "full")
-    if mode not in MODES:
-        raise ConfigError(f"mode is one of {', '.join(MODES)}, found {mode!r}")
-    if not 0 <= u <= 1:
-        raise ConfigError(f"u is a noise level in [0, 1] (1 = noise), found {u:g}")
-    if not (0 <= ratio < 1 or (ratio == 1 and mode in ("reuse", "forecast", "skip"))):
-        allowed = "[0, 1]" if mode in ("reuse", "forecast", "skip") else "[0, 1)"
-        raise ConfigError(f"ratio is the share of tokens not computed, in {allowed} for mode {mode!r}, found {ratio:g}")
-    if mode == "full" and ratio:
-        raise ConfigError(f"mode 'full' computes all tokens: its ratio is 0, found {ratio:g}")
-    return (u, ratio, mode) if ratio else (u, 0.0, "full")
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)) or not hasattr(value, "__float__") or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a finite number, found {value!r}")
-    return float(value)

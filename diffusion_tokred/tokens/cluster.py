@@ -144,6 +144,7 @@ def cat_select(
     hot: int,
     caps: Sequence[int],
     heat: Tensor | None = None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """Choose exactly `k_total` rows a sample: the most changed of the hottest clusters, then the oldest (CAT, arXiv
     2502.00433).
@@ -166,6 +167,8 @@ def cat_select(
         hot: rows chosen by cluster at most, in [0, k_total].
         caps: at most so many of the hottest cluster, the second, and so on; the last holds for all that follow.
         heat: (B, clusters), larger is hotter; None: the largest change in each cluster.
+        first: (1 or B, N) bool, tokens that are chosen before all others, if there is room; then come those of the
+            clusters, and what is left goes by age.
 
     Returns:
         (B, k_total) int64 positions, ascending, no two equal.
@@ -191,7 +194,8 @@ def cat_select(
     before = (given.cumsum(1) - given).gather(1, rank)
     chosen = (within < given.gather(1, rank)) & (before + within < hot)
     # The oldest of what is left: a stable sort by count of tokens that are in the order of their change.
-    age = counts.masked_fill(chosen, float("-inf")).gather(1, order)
+    age = counts.masked_fill(chosen, -1)  # counts are not negative
+    age = (age if first is None else age.masked_fill(first, -2)).gather(1, order)
     return order.gather(1, age.argsort(dim=1, stable=True)[:, :k_total]).sort(1).values
 
 

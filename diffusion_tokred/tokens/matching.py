@@ -5,12 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels import nearest, on
 from .merge import Merge
+from .regions import ranked
 
-_SCORES_PER_CHUNK = 2**26  # bounds the score matrix held at one time (256 MiB in fp32)
+_HALF = (torch.float16, torch.bfloat16)
 
 
-def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge:
+def match(
+    x: Tensor,
+    dst: Tensor,
+    src: Tensor,
+    r: int,
+    halves: int = 1,
+    weights: Tensor | None = None,
+    protected: Tensor | None = None,
+) -> Merge:
     """Merge the `r` sources that are most like a destination, each into its best one (ToMe, arXiv 2210.09461).
 
     Similarity is the cosine, in float32 at least. A token of zero norm has similarity 0 to all. Equal similarities
@@ -23,6 +33,10 @@ def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge
         r: number of sources merged, in [0, S]; M = N - r tokens remain.
         halves: the batch is this many equal parts, such as [uncond; cond], that share one matching: the similarity of
             two tokens is the mean of it over the parts. Sample i of each part gets the same indices.
+        weights: (1 or B / halves, N); with these the sources merged are not the most similar ones, but those with the
+            largest `ranked(similarity) - weight`.
+        protected: (1 or B / halves, N) bool, tokens that are neither merged nor merged into. There must be `r` sources
+            without them, and a destination (`tokens.regions.mergeable`).
 
     Returns:
         A `Merge` of B rows.
@@ -38,17 +52,22 @@ def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge
         raise ValueError(f"cannot merge {r} tokens: this grid has {s} sources (of {n} tokens), so 0 <= r <= {s}")
     if halves < 1 or b % halves:
         raise ValueError(f"a batch of {b} does not have {halves} equal parts")
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in _HALF and (halves > 1 or not on(x)):  # the kernel sums half types in float32 itself
         x = x.float()
+    closed = None if protected is None else protected[:, dst]
     scale = _inverse_norm(x)
     if halves == 1:
         # A source's own norm does not change which destination is best: scale S scores, not S x C values.
-        score, best = _best(x, x.index_select(1, dst) * scale.index_select(1, dst), src)
+        score, best = nearest(x, dst, src, scale, closed)
         score = score * scale[:, src, 0]
     else:
         # The mean of cosines is, up to a factor, the dot product of the unit tokens of all parts laid end to end.
         x = (x * scale).view(halves, b // halves, n, c).permute(1, 2, 0, 3).reshape(b // halves, n, halves * c)
-        score, best = _best(x, x.index_select(1, dst), src)
+        score, best = nearest(x, dst, src, None, closed)
+    if weights is not None:
+        score = ranked(score) - weights[:, src]
+    if protected is not None:
+        score = score.masked_fill(protected[:, src], float("-inf"))
     top = score.topk(r, dim=-1, sorted=False).indices
     representative = torch.arange(n, device=x.device).repeat(b // halves, 1)
     representative.scatter_(1, src[top], dst[best.gather(1, top)])
@@ -57,18 +76,6 @@ def match(x: Tensor, dst: Tensor, src: Tensor, r: int, halves: int = 1) -> Merge
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1 / norm of each token, (B, N, 1); finite for a token of no length, which stays zero when scaled."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.clamp_min(torch.finfo(x.dtype).tiny).reciprocal()
-
-
-def _best(x: Tensor, targets: Tensor, src: Tensor) -> tuple[Tensor, Tensor]:
-    """Each source's largest dot product with a target (B, D, C), and which: two of (B, S).
-
-    Streams over rows of scores, so that memory stays bounded; autocast, which would lower their precision, is off.
-    """
-    rows = max(1, _SCORES_PER_CHUNK // (x.shape[0] * targets.shape[1]))
-    with torch.autocast(x.device.type, enabled=False):
-        found = [(x.index_select(1, part) @ targets.mT).max(-1) for part in torch.split(src, rows)]
-    if len(found) == 1:
-        return found[0].values, found[0].indices
-    return torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
+    kind = torch.float32 if x.dtype in _HALF else x.dtype
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=kind)
+    return norm.clamp_min(torch.finfo(kind).tiny).reciprocal()

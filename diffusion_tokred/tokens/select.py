@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cells import compact
+from .kernels import largest, rows_at, scatter_rows
+
+__all__ = ["rows_at", "scatter_rows", "tie", "top", "untie"]
 
 
 def top(scores: Tensor, k: int) -> Tensor:
     """Choose the `k` largest scores of each sample; of equal ones the first. The same on every device.
-
-    `topk` alone breaks ties as the device likes, and sorting everything is slow: only the k-th largest *value* is
-    taken from it, which ties do not change. All above it are in, and of those equal to it the first that fit.
 
     Args:
         scores: (B, N); nan counts as the least.
@@ -29,11 +28,7 @@ def top(scores: Tensor, k: int) -> Tensor:
         raise ValueError(f"cannot choose {k} of {n} tokens")
     if k == 0 or k == n:
         return torch.arange(k, device=scores.device).repeat(b, 1)
-    scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    least = scores.topk(k, sorted=False).values.amin(-1, keepdim=True)
-    above, equal = scores > least, scores == least
-    room = k - above.sum(-1, keepdim=True)
-    return compact(above | (equal & (equal.cumsum(-1) <= room)), k)
+    return largest(scores, k)
 
 
 def tie(scores: Tensor, halves: int) -> Tensor:
@@ -53,25 +48,3 @@ def tie(scores: Tensor, halves: int) -> Tensor:
 def untie(rows: Tensor, halves: int) -> Tensor:
     """Repeat what a part of the batch has for all `halves` parts: (B / halves, ...) -> (B, ...)."""
     return rows if halves == 1 else rows.repeat(halves, *[1] * (rows.ndim - 1))
-
-
-def rows_at(x: Tensor, at: Tensor) -> Tensor:
-    """Rows `at`, (M,), (1, M) or (B, M), of sequences (B, S, C): (B, M, C)."""
-    at = _shared(at)
-    return x.index_select(1, at) if at.ndim == 1 else x.gather(1, at[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def scatter_rows(stored: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    """Overwrite the rows `at`, (M,), (1, M) or (B, M), of `stored` (B, S, C), in place, by `rows` (B, M, C).
-
-    `rows` is cast to `stored`'s dtype. Each position at most once a sample. Returns `stored`.
-    """
-    at, rows = _shared(at), rows.to(stored.dtype)
-    if at.ndim == 1:
-        return stored.index_copy_(1, at, rows)
-    return stored.scatter_(1, at[:, :, None].expand_as(rows), rows)
-
-
-def _shared(at: Tensor) -> Tensor:
-    """(1, M) -> (M,): indices for all samples."""
-    return at[0] if at.ndim == 2 and at.shape[0] == 1 else at

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from diffusion_tokred import MethodConfig, Policy, __version__
 from diffusion_tokred.cli import app
+from diffusion_tokred.measure import roofline
 from diffusion_tokred.methods import CONFIGS, METHODS, Method, option, register_method
 from tests.evaluation import toys
 from tests.evaluation.test_compare import check_schema
@@ -189,6 +190,7 @@ def test_help_is_light_and_quick() -> None:
     script = """
         import sys
         from diffusion_tokred.cli import app
+from diffusion_tokred.measure import roofline
         code = app(["--help"], standalone_mode=False)
         assert not code and "torch" not in sys.modules and "diffusers" not in sys.modules, code
     """
@@ -233,6 +235,19 @@ def test_explain(folder: Path, tmp_path: Path) -> None:
     assert data["levels"][0]["queries"] == 384 and data["batch"] == 2
     assert json.loads(tokred(*base, "--steps", 4, "--guidance", 1, "--json", "-").stdout)["batch"] == 1
     assert "keeps one token in 4" in tokred(*base[:-1], 0.9, code=2).stderr
+
+
+def test_explain_predicts_the_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKRED_CACHE", str(tmp_path))
+    even = roofline.Table((1, 2), (1, 2), ((1e9, 1e9), (1e9, 1e9)))
+    tables = dict.fromkeys(("linear", "conv", "attention"), even)
+    known = roofline.Calibration("a device", torch.__version__, "float32", 1, tables, 1e30, 0.0)
+    roofline.cache_file("cpu", torch.float32).write_text(json.dumps(known.to_dict()))
+    base = ("explain", "--model", folder, "--device", "cpu", "--size", "64x32", "--method", "todo")
+    assert "on a device, float32" in tokred(*base, "--time").stdout and "redicted" not in tokred(*base).stdout
+    data = json.loads(tokred(*base, "--time", "--json", "-").stdout)
+    assert data["time"]["dense"] == pytest.approx(data["flops"]["total"][0] / 1e9)
+    assert data["time"]["speedup"] == pytest.approx(data["flop_ratio"])
 
 
 def test_methods() -> None:

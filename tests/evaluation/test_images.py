@@ -11,6 +11,7 @@ from PIL import Image
 from diffusion_tokred import ConfigError
 from diffusion_tokred.evaluation import images
 from diffusion_tokred.evaluation.compare import Comparison
+from diffusion_tokred.runtime.stats import TOKEN_STATES
 
 
 def test_a_folder_is_complete(comparison: Comparison, tmp_path: Path) -> None:
@@ -89,3 +90,34 @@ def test_targets_are_checked_before_the_work(tmp_path: Path) -> None:
             images.check_target(tmp_path / wrong)
     images.check_target(tmp_path / "new" / "folder")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_step_s_map_over_a_picture() -> None:
+    states = np.array([[0, 1, 2], [3, 4, 5]], dtype=np.uint8)
+    token_map = np.stack([np.zeros_like(states), states])[:, None, None]  # two steps
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    assert images.step_map(picture, token_map, 0).tobytes() == picture.tobytes()  # all computed
+    shown, before = images.step_map(picture, token_map, 1), np.asarray(picture, dtype=float)
+    assert shown.size == picture.size
+    for token, (word, tint) in enumerate(images.TINTS.items()):
+        i, j = divmod(token, 3)
+        strength = 0 if word == "computed" else images.TINT
+        cell = np.s_[10 * i : 10 * i + 10, 10 * j : 10 * j + 10]
+        want = (1 - strength) * before[cell] + strength * np.array(tint)
+        assert np.abs(np.asarray(shown, dtype=float)[cell] - want).max() <= 0.5
+    for wrong, text in (
+        (dict(step=2), "no step 2"),
+        (dict(step=0, part=1), "no pass 1"),
+        (dict(step=-1), "no step -1"),
+    ):
+        with pytest.raises(ConfigError, match=f"the token map has {text}: there are 0 to"):
+            images.step_map(picture, token_map, **wrong)
+
+
+def test_the_legend_names_what_is_there() -> None:
+    whole, some = images.legend(), images.legend(np.array([0, 5], dtype=np.uint8))
+    for strip, words in ((whole, list(images.TINTS)), (some, ["computed", "protected"])):
+        there = {color for _, color in strip.getcolors(1 << 16)}
+        assert {word for word, tint in images.TINTS.items() if tint in there} >= set(words)
+    assert images.TINTS["merged"] not in {color for _, color in some.getcolors(1 << 16)}
+    assert some.width < whole.width and list(images.TINTS) == list(TOKEN_STATES)

@@ -122,6 +122,25 @@ def tensors():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
+@pytest.mark.parametrize("name", ["fora", "toca"])
+def test_an_interrupt_from_the_keyboard_frees_at_once(name):
+    """It passes no hook of torch's; pipelines that name their passes tell us all the same."""
+    pipe = patched("flux", name)
+    known, during = driver(pipe), []
+
+    def fail(module, args):
+        during.append(len(held(known)))
+        if known.info.index == 1:
+            raise KeyboardInterrupt
+
+    handle = pipe.transformer.single_transformer_blocks[-1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, steps=3)
+    assert during[-1] and held(known) == [] and not any(level.running for level in known.levels)
+    handle.remove()
+    assert same(run(pipe, steps=3), run(patched("flux", name), steps=3))
+
+
 @pytest.mark.parametrize("name", ["taylorseer-modules", "toca", "cat-faithful"])
 def test_twenty_runs_do_not_grow(name):
     pipe, counts = patched("sd3", name), []

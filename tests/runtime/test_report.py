@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -43,3 +44,23 @@ def test_a_hand_written_loop_ends_with_its_last_step() -> None:
         assert (tokred.report(pipe) is not None) == (i == 2)
     found = tokred.report(pipe)
     assert found is not None and len(found.steps) == 3
+
+
+def test_to_pandas(monkeypatch) -> None:
+    pytest.importorskip("pandas")
+    pipe = tokred.patch(tiny.sd(), method="tome", policy=[(0.8, 0.25), (0.5, 0.0)])
+    tiny.run(pipe, steps=4)
+    found = tokred.report(pipe)
+    table = found.to_pandas()
+    assert list(table["ratio"]) == [step.ratio for step in found.steps] and set(table["mode"]) == {"full", "reduce"}
+    assert table["flops"].sum() == found.flops and list(table["u"]) == [step.u for step in found.steps]
+    plan = tokred.explain(pipe, method="tome", num_inference_steps=4).to_pandas()
+    assert list(plan["u"]) == pytest.approx(list(table["u"])) and set(plan["ratio"]) == {0.5}
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for export in (found.to_pandas, tokred.explain(pipe, method="tome", num_inference_steps=4).to_pandas):
+        with pytest.raises(ImportError, match=r"to_pandas\(\) needs pandas: pip install 'diffusion-tokred\[eval\]'"):
+            export()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"a plot needs matplotlib: pip install 'diffusion-tokred\[eval\]'"):
+        found.plot()

@@ -135,7 +135,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     [
         ({"_type": "Config"}, "_type is 'Config', must be 'Policy'"),
         ({"_type": None}, "must be 'Policy'"),
-        ({"_version": 2}, "version 2, this release reads up to 1: update"),
+        ({"_version": 3}, "version 3, this release reads up to 2: update"),
         ({"_version": "1"}, "whole number from 1 on, found '1'"),
         ({"_version": 0}, "whole number"),
         ({"poinst": []}, "unknown keys in a policy: poinst; allowed are points"),

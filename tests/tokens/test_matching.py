@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffusion_tokred.tokens import destinations, draw, match, matching, mix, split
+from diffusion_tokred.tokens import destinations, draw, match, mix, split
+from diffusion_tokred.tokens.kernels import matching
 from tests.reference import merging
 
 # h, w, sy, sx, r: square, not square, not divisible (left-over rows and columns), other strides, none and all merged

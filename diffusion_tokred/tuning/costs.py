@@ -1,0 +1,142 @@
+"""What steps cost, and how fast a schedule is: composed from the costs of its steps.
+
+Each form runs once a round a schedule that has all kinds of its steps, with `record="time"`; the unpatched pipeline
+runs in the same round, and all is counted in shares of its time, so that a machine that slows down slows down both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .steps import FULL, Rule
+
+Probe = Mapping[str, Any]  # "seconds" of the call; "steps": [mode, ratio, seconds] of each
+
+
+@dataclass(frozen=True)
+class FormCost:
+    """Shares of the unpatched call's time: of a full step, and of the others by what they do."""
+
+    full: float
+    between: Mapping[Rule, float]
+
+    def of(self, rule: Rule) -> float:
+        """Of a step. Between ratios that were measured it is interpolated, beyond them the nearest is taken.
+
+        A mode that was not measured costs what the others do: reusing and forecasting are hardly different.
+        """
+        mode, ratio = rule
+        if mode == "full":
+            return self.full
+        every = sorted((r, cost, m) for (m, r), cost in self.between.items())
+        known = [(r, cost) for r, cost, m in every if m == mode] or [(r, cost) for r, cost, _ in every]
+        return float(np.interp(ratio, [r for r, _ in known], [cost for _, cost in known]))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Shares of the unpatched call's time.
+
+    Attributes:
+        steps: of the run.
+        seconds: of the unpatched call, median.
+        dense: of an unpatched step.
+        rest: of all that is no step: text encoders, decoder, scheduler.
+        forms: by name.
+        rounds: of measuring.
+    """
+
+    steps: int
+    seconds: float
+    dense: float
+    rest: float
+    forms: Mapping[str, FormCost]
+    rounds: int
+
+    def speed(self, form: str, rules: Sequence[Rule]) -> float:
+        """How many times as fast as unpatched a run of these steps is."""
+        return 1 / (self.rest + sum(map(self.forms[form].of, rules)))
+
+    def ceiling(self, form: str, rules: Sequence[Rule]) -> float:
+        """The speed if all steps that are not full cost what the cheapest of the form does."""
+        cost = self.forms[form]
+        least = min(cost.between.values())
+        return 1 / (self.rest + sum(cost.full if rule == FULL else least for rule in rules))
+
+    def fewer(self, steps: int) -> float:
+        """How many times as fast the unpatched pipeline is with fewer steps."""
+        return 1 / (self.rest + steps * self.dense)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        forms = {
+            name: {"full": cost.full, "between": [[mode, ratio, c] for (mode, ratio), c in cost.between.items()]}
+            for name, cost in self.forms.items()
+        }
+        return {"steps": self.steps, "seconds": self.seconds, "dense": self.dense, "rest": self.rest,
+                "rounds": self.rounds, "forms": forms}  # fmt: skip
+
+
+def measured(rounds: Sequence[Mapping[str, Any]]) -> Costs:
+    """Costs from rounds: medians over the rounds of medians over the steps of a kind.
+
+    Args:
+        rounds: each `{"unpatched": seconds, "dense": Probe, "forms": {name: Probe}}`; "dense" is a run with a patch
+            that leaves all steps full.
+
+    What a method does before a step, such as choosing tokens, lies outside of the step's own seconds: what the call
+    took more than the dense one beside its steps is divided among the steps that are not full.
+    """
+    steps = len(rounds[0]["dense"]["steps"])
+    dense = np.median([_kinds(one["dense"])[FULL] / one["unpatched"] for one in rounds])
+    forms = {}
+    for name in rounds[0]["forms"]:
+        shares: dict[Rule, list[float]] = {}
+        for one in rounds:
+            probe, whole = one["forms"][name], one["unpatched"]
+            kinds = _kinds(probe)
+            between = sum(mode != "full" for mode, _, _ in probe["steps"])
+            more = (_beside(probe) - _beside(one["dense"])) / max(between, 1)
+            for rule, seconds in kinds.items():
+                shares.setdefault(rule, []).append((seconds + more * (rule != FULL)) / whole)
+        costs = {rule: max(float(np.median(some)), 0.0) for rule, some in shares.items()}
+        full = costs.pop(FULL, float(dense))
+        if costs:
+            forms[name] = FormCost(full, costs)
+    return Costs(
+        steps=steps,
+        seconds=float(np.median([one["unpatched"] for one in rounds])),
+        dense=float(dense),
+        rest=max(1 - steps * float(dense), 0.0),
+        forms=forms,
+        rounds=len(rounds),
+    )
+
+
+def probed(units: int, rules: Sequence[Rule], first: int = 1) -> list[Rule]:
+    """A schedule that has all kinds of steps: by turns a full one and two of a rule, the rules one after the other.
+
+    Two, as some methods take two kinds of steps by turns.
+    """
+    found: list[Rule] = [FULL] * first
+    while len(found) < units:
+        turn, place = divmod(len(found) - first, 3)
+        found.append(FULL if place == 2 else rules[turn % len(rules)])
+    return found
+
+
+def _kinds(probe: Probe) -> dict[Rule, float]:
+    """Median seconds of the steps of each kind."""
+    groups: dict[Rule, list[float]] = {}
+    for mode, ratio, seconds in probe["steps"]:
+        groups.setdefault(FULL if mode == "full" else (mode, ratio), []).append(seconds)
+    return {rule: float(np.median(some)) for rule, some in groups.items()}
+
+
+def _beside(probe: Probe) -> float:
+    """Seconds of the call that are no step's."""
+    return float(probe["seconds"] - sum(seconds for _, _, seconds in probe["steps"]))

@@ -1,0 +1,72 @@
+"""Defaults chosen by measuring: each is what a result file in `benchmarks` says, and holds where it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import diffusion_tokred as tokred
+from diffusion_tokred.backbones import BACKBONES
+from diffusion_tokred.defaults import measured_default, measured_families
+from diffusion_tokred.testing import tiny
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = [(info.name, family) for info in tokred.methods() for family in info.measured]
+
+
+def test_which_there_are() -> None:
+    assert SHIPPED and {family for _, family in SHIPPED} <= set(BACKBONES)
+    stored = json.loads((ROOT / "diffusion_tokred" / "defaults.json").read_text())
+    assert sorted(SHIPPED) == sorted((method, family) for family, methods in stored.items() for method in methods)
+    assert measured_default("tome", "unet") is None and measured_families("tome") == ()
+
+
+@pytest.mark.parametrize("method, family", SHIPPED)
+def test_each_names_its_measurement(method: str, family: str) -> None:
+    """The setting, the speed and the distance are those of a finished evaluation of a model of that family."""
+    policy = measured_default(method, family)
+    assert policy is not None
+    said = policy.measured
+    result = json.loads((ROOT / said["report"] / "result.json").read_text())
+    (variant,) = [v for v in result["variants"] if v["name"] == said["variant"]]
+    assert result["status"] == "complete" and said["why"]
+    assert policy.method == variant["reduction"]["config"] and variant["reduction"]["policy"] is None
+    assert type(tokred.MethodConfig.from_dict(policy.method)).name == method
+    assert result["pipeline"]["denoiser"] in BACKBONES[family].models
+    assert (said["model"], said["steps"], said["prompts"]) == (
+        result["pipeline"]["model"], variant["steps"], result["prompts"]["n"],
+    )  # fmt: skip
+    for name, found, middle in (
+        ("speedup", variant["cost"]["speedup"], "median"),
+        ("psnr", variant["paired"]["psnr"], "mean"),
+    ):
+        assert said[name] == pytest.approx([found[middle], found["low"], found["high"]], rel=1e-3)
+
+
+@pytest.mark.parametrize("method, family", SHIPPED)
+def test_the_points_are_the_configs_own(method: str, family: str) -> None:
+    policy = measured_default(method, family)
+    assert policy is not None
+    config = tokred.MethodConfig.from_dict(policy.method)
+    assert policy.points == tokred.Policy.constant(config.share, config.asks).points
+
+
+def test_where_it_holds() -> None:
+    """A method named alone; an option, a policy or a config, and it is what was said."""
+    pipe = tiny.sd3()
+    chosen = measured_default("taylorseer", "sd3")
+    assert chosen is not None and chosen.method != tokred.TaylorSeerConfig().to_dict()
+    found = tokred.explain(pipe, method="taylorseer", num_inference_steps=12)
+    assert found.config == chosen.method and [s.mode for s in found.steps] == 6 * ["full", "forecast"]
+    assert "benchmarks/caches-toy-dit, taylorseer-interval-2-warmup-1" in found.table()
+    with tokred.patched(pipe, method="taylorseer"):
+        tiny.run(pipe, steps=12)
+    assert [s.mode for s in tokred.report(pipe).steps] == [s.mode for s in found.steps]
+    for said in (dict(method="taylorseer", order=1), dict(config=tokred.TaylorSeerConfig())):
+        other = tokred.explain(pipe, **said)
+        assert other.config == tokred.TaylorSeerConfig().to_dict() and "Settings:" not in other.table()
+    elsewhere = tokred.explain(tiny.sd(), method="taylorseer")
+    assert elsewhere.config == tokred.TaylorSeerConfig().to_dict()
+    assert "Settings: no measured default for taylorseer on unet: the method's own" in elsewhere.table()
