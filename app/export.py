@@ -37,7 +37,7 @@ def code(found: Result) -> str:
         f'"""Made by the app of diffusion_tokred {found.env["diffusion_tokred"]}, torch {found.env["torch"]}, '
         f'diffusers {found.env["diffusers"]}."""',
         "",
-        *(["import base64", "import io", "", "import numpy as np"] if masked else []),
+        *(["import base64", "import io", ""] if masked else []),
         "import torch",
         *(["from PIL import Image"] if masked else []),
         *([] if embedded else ["from diffusers import DiffusionPipeline"]),
@@ -72,7 +72,7 @@ def _drawing(name: str, side: Side) -> list[str]:
     if side.mask is not None:
         lines += [
             f'{name}_mask = base64.b64decode("{_png(side)}")',
-            f"{name}_mask = np.asarray(Image.open(io.BytesIO({name}_mask))) > 127  # white: computed in any case",
+            f"{name}_mask = Image.open(io.BytesIO({name}_mask))  # white: computed in any case",
         ]
         given.append(f"protect={name}_mask")
     one = f"with tokred.patched(pipe, {', '.join(given)}):"

@@ -94,11 +94,17 @@ class Stops:
                 self._running.pop(session, None)
             self._guard.notify_all()
 
-    def stop(self, session: str, patience: float = 60.0) -> int:
-        """Stop all that a session runs, and wait until it has stopped. Returns how many that were."""
+    def ask(self, session: str) -> list[threading.Event]:
+        """Ask all that a session runs to stop, without waiting."""
         with self._guard:
             found = list(self._running.get(session, ()))
             for stop in found:
                 stop.set()
+        return found
+
+    def stop(self, session: str, patience: float = 60.0) -> int:
+        """Stop all that a session runs, and wait until it has stopped. Returns how many that were."""
+        found = self.ask(session)
+        with self._guard:
             self._guard.wait_for(lambda: not self._running.get(session, set()) & set(found), patience)
         return len(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusion_tokred import ConfigError
 from diffusion_tokred.evaluation.compare import PROMPT
 from diffusion_tokred.evaluation.models import unread
 
-from . import api, batch, history, words
+from . import api, batch, history, tuning, words
 from .controls import SideControls
 from .errors import answered
 from .jobs import Job, Stops
@@ -47,7 +48,7 @@ class Page:
     """The components and what they do; `blocks` is what gradio serves."""
 
     def __init__(self, models: Models) -> None:
-        self.models, self.stops = models, Stops()
+        self.models, self.stops, self.clock = models, Stops(), time.monotonic
         self.can_protect = "protect" in inspect.signature(tokred.patch).parameters
         first = models.names[0]
         usual = usual_of(first)
@@ -84,6 +85,8 @@ class Page:
                         )  # fmt: skip
                 with gr.Tab("Batch", id="batch"):
                     self.batch = batch.Batch(self)
+                with gr.Tab("Tune", id="tune"):
+                    self.tune = tuning.Tune(self)
             self.timer = gr.Timer(0.5)
             api.add(self)
             self._connect()
@@ -134,6 +137,7 @@ class Page:
         self.a.connect()
         self.b.connect()
         self.results.connect(self.current)
+        self.tune.connect()
         for controls in (self.a, self.b):
             controls.upload.upload(
                 answered(controls.load), controls.upload, controls.inputs, concurrency_limit=None, **private

@@ -9,8 +9,6 @@ from typing import Any
 
 import gradio as gr
 
-from diffusion_tokred import Policy
-
 from . import export, pictures, words
 from .runs import LETTERS, Result
 
@@ -151,10 +149,9 @@ def _steps(found: Result, layer: str) -> Any:
 def _plot(found: Result) -> str:
     curves = [
         pictures.Curve(
-            drawn.side.name, drawn.side.policy or Policy.constant(drawn.side.config.share, drawn.side.config.asks),
-            drawn.report.steps, place,
+            drawn.side.name, drawn.policy, drawn.report.steps, place,
         )
-        for place, drawn in enumerate(found.sides) if drawn.side.config is not None and drawn.report is not None
+        for place, drawn in enumerate(found.sides) if drawn.policy is not None and drawn.report is not None
     ]  # fmt: skip
     if not curves:
         return ""

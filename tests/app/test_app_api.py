@@ -29,7 +29,7 @@ CALL: dict[str, Any] = dict(
 
 def test_the_endpoints_have_names(client: Client) -> None:
     named = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(named) == {"/compare", "/batch", "/explain", "/methods", "/models", "/stop"}
+    assert set(named) == {"/compare", "/batch", "/tune", "/explain", "/methods", "/models", "/stop"}
 
 
 def test_compare(client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import diffusion_tokred as tokred
-from diffusion_tokred.app import batch, limits
+from diffusion_tokred.app import batch, limits, tuning
 
 GOOD: dict[str, Any] = dict(
     model="toy-sd", prompt="a  red\nstar", seed=3, steps=4, width=64, height=64.0, guidance=3, repeat=1
@@ -174,6 +174,21 @@ def test_what_is_no_picture_is_a_message(tmp_path: Path) -> None:
 def test_a_bad_batch_is_a_message(settings: str, seeds: str, message: str) -> None:
     with pytest.raises(tokred.ConfigError, match=message):
         batch.settings_of(settings, seeds)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("", "0 different prompts"),
+        ("a\na\n b\n", "2 different prompts"),
+        ("\n".join(map(str, range(99))), "99 different"),
+        ("a\nb\n" + "x" * 2001, "2,000 letters"),
+    ],
+)  # fmt: skip
+def test_bad_prompts_of_a_search_are_a_message(prompts: str, message: str) -> None:
+    with pytest.raises(tokred.ConfigError, match=message):
+        tuning.prompts_of(prompts)
+    assert tuning.prompts_of(" a\nb  c\n\nd\na") == ["a", "b c", "d"]
 
 
 def test_a_good_batch() -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import diffusion_tokred as tokred
-from diffusion_tokred.app import batch, export, history, pictures, previews, words
+from diffusion_tokred.app import batch, export, history, pictures, previews, tuning, words
 from diffusion_tokred.app.jobs import Job, Stops
 from diffusion_tokred.app.limits import Setup, Side, side_of
 from diffusion_tokred.app.models import Model, Models
@@ -272,6 +272,47 @@ def test_a_batch(model: Model) -> None:
     check_schema(grid.to_dict())
     assert "todo" in grid.table() and sum(told[-1] is message for message in told) >= 1
     assert grid.picture().width > 3 * 64
+
+
+def test_a_protected_region(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Painted tokens are computed and marked, others are not; and the Python has the mask in it."""
+    painted = np.zeros((64, 64), dtype=np.uint8)
+    painted[:, :16] = 255
+    side = side_of("tome:ratio=0.5", Image.fromarray(painted))
+    found = run(model, Setup(**(vars(SETUP) | {"repeat": 0})), b=side)
+    assert found.b.report is not None and found.b.report.token_map is not None
+    states = found.b.report.token_map[:, :, 0]
+    cut = states.shape[-1] // 4
+    assert (states[..., :cut] == 5).all() and not (states[..., cut:] == 5).any() and (states[..., cut:] == 1).any()
+    assert side.name == "tome ratio 0.5 protected" and found.b.side.to_dict()["protected"] == 0.25
+    assert found.b.picture.tobytes() != run(model, found.setup, b=side_of("tome:ratio=0.5")).b.picture.tobytes()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(export.code(found), "exported.py", "exec"), names)
+    assert names["b"].tobytes() == found.b.picture.tobytes()
+
+
+@pytest.mark.slow
+def test_a_search_and_one_that_is_stopped(model: Model) -> None:
+    setup = Setup("toy-sd", "-", 0, 12, 64, 64, 3.0)
+    asked: Any = (model, setup, ["a red star", "a blue ring", "a green circle"], tuning.GOALS[0], 1.2, ["fora"], 3)
+    told: list[Tick] = []
+    found = tuning.search(*asked, told.append, threading.Event())
+    assert found.status == "complete" and found.config.name == "fora" and told[-1].share <= 1
+    assert found.policy.method["_type"] == "fora"
+
+    stop = threading.Event()
+
+    def tell(tick: Tick) -> None:
+        if tick.share > 0.3:  # something is found by then
+            stop.set()
+
+    found = tuning.search(*asked, tell, stop)
+    assert found.status == "interrupted"
+    stop.set()
+    with pytest.raises(Stopped):
+        tuning.search(*asked, tell, stop)
+    assert not any("_tokred" in module.__dict__ for module in model.denoiser.modules())
 
 
 def test_a_model_that_is_not_there_is_said() -> None:
