@@ -114,7 +114,7 @@ class Page:
             gr.HTML(words.note("Paint what must stay exact: its tokens are computed in any case, on both sides."))
             self.mask = gr.ImageEditor(
                 label="Protect", type="pil", format="png", layers=False, transforms=(), sources=(), height=360,
-                brush=gr.Brush(default_size=24, colors=["#009e73"], color_mode="fixed"), canvas_size=(512, 512),
+                brush=gr.Brush(default_size=10, colors=["#009e73"], color_mode="fixed"), canvas_size=(512, 512),
                 elem_id="mask",
             )  # fmt: skip
             self.take = gr.Button("Paint on the picture of A", size="sm")
