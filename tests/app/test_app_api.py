@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from diffusion_tokred.app import serve
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 from typer.testing import CliRunner
 
 import diffusion_tokred as tokred
-from diffusion_tokred.app import serve
 from diffusion_tokred.cli import app
 
 CALL: dict[str, Any] = dict(

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusion_tokred.app import batch, limits, tuning
 from PIL import Image
 
 import diffusion_tokred as tokred
-from diffusion_tokred.app import batch, limits, tuning
 
 GOOD: dict[str, Any] = dict(
     model="toy-sd", prompt="a  red\nstar", seed=3, steps=4, width=64, height=64.0, guidance=3, repeat=1

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
-import diffusion_tokred as tokred
 from diffusion_tokred.app import batch, export, history, pictures, previews, tuning, words
 from diffusion_tokred.app.jobs import Job, Stops
 from diffusion_tokred.app.limits import Setup, Side, side_of
 from diffusion_tokred.app.models import Model, Models
 from diffusion_tokred.app.page import kept_of
 from diffusion_tokred.app.runs import Result, Stopped, Tick, compare
+from PIL import Image
+
+import diffusion_tokred as tokred
 from tests.evaluation.test_compare import check_schema
 
 SETUP = Setup("toy-sd", "a red star on a plain gray background", 5, 4, 64, 64, 3.0, 2)
