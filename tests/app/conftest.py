@@ -30,10 +30,13 @@ else:
 def page() -> Iterator[Any]:
     """A server with toy-sd."""
     from diffusion_tokred.app import serve
+    from PIL import Image
 
+    most = Image.MAX_IMAGE_PIXELS  # of the process: serving lowers it
     running = serve(("toy-sd",), block=False, queue_size=32)
     yield running
     running.close()
+    Image.MAX_IMAGE_PIXELS = most
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import threading
 import time
@@ -79,6 +80,7 @@ def test_nothing_is_recorded_while_timing(model: Model, monkeypatch: pytest.Monk
 
 
 def test_a_kept_side_is_not_drawn_and_its_time_is_not_shown(model: Model, found: Result) -> None:
+    found = dataclasses.replace(found, a=dataclasses.replace(found.a, seconds=(1234.567,)))  # no other time is as long
     kept = kept_of(found, SETUP, Side())
     calls = []
     handle = model.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -88,7 +90,7 @@ def test_a_kept_side_is_not_drawn_and_its_time_is_not_shown(model: Model, found:
     assert again.a.kept and again.a.picture is found.a.picture and again.speedup is None
     assert again.to_dict()["rows"][0]["seconds"] == [] and "speedup" not in again.to_dict()["intervals"]
     text = words.figures(again)
-    assert "kept, not timed" in text and f"{found.a.seconds[0]:.3f}" not in text
+    assert "kept, not timed" in text and "1234.567" not in text
     assert "A was kept" in words.verdict(again)
 
 
