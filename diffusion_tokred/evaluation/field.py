@@ -196,7 +196,7 @@ def default_rows(family: str) -> dict[str, Row]:
     """All rows for a family of shapes, by name."""
     unet = family in ("sd15", "sdxl")
     everything = {
-        "sd15": "levels=0,1,2,3,merge_cross_attn,merge_ff",
+        "sd15": "levels=0,1,2,merge_cross_attn,merge_ff",
         "sdxl": "levels=0,1,merge_cross_attn,merge_ff",
         "pixart": "merge_cross_attn,merge_ff",
     }.get(family, "merge_ff")

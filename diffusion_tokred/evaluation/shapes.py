@@ -68,7 +68,10 @@ FAMILIES: dict[str, Family] = {
     "sd15": Family(
         "UNet2DConditionModel", "StableDiffusionPipeline", "DDIMScheduler",
         dict(cross_attention_dim=768, attention_head_dim=8), {"layers_per_block": 2},
-        dict(cross_attention_dim=32, attention_head_dim=2, block_out_channels=(32, 32, 64, 64), norm_num_groups=8),
+        dict(
+            cross_attention_dim=32, attention_head_dim=2, block_out_channels=(32, 32, 64, 64), norm_num_groups=8,
+            layers_per_block=1,
+        ),
         (77, 768), patch=8,
     ),
     "sdxl": Family(
@@ -160,7 +163,7 @@ def shape(
     cpu = torch.device(device).type == "cpu"
     most = 2 if tiny else CPU_DEPTH.get(found[2]) if cpu else None
     blocks, said = _depth(family, depth or most)
-    config = {**family.config, **(family.tiny if tiny else {}), **blocks}
+    config = {**family.config, **blocks, **(family.tiny if tiny else {})}
     if family.model != "FluxTransformer2DModel":
         config["sample_size"] = pixels // 8
     if "pos_embed_max_size" in config:

@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import StateError, UnsupportedError
 from ..measure.kernels import KernelCounter
 from ..measure.machine import PeakMemory
-from ..measure.shares import MIN_IDEAL, Parts, Watch, ideal, realised
+from ..measure.shares import MIN_IDEAL, Parts, Watch, ideal, profile, realised
 from ..measure.timing import median_interval, synchronize
 from ..patching import report
 from .field import KEPT, Row
@@ -93,8 +93,6 @@ class Stopwatch:
 
 def dense_parts(pipe: Any, part: str, run: Callable[[], Any], device: torch.device) -> Parts:
     """The unpatched model: times by module (medians of three calls), kernels and FLOPs. `run` makes one step."""
-    from ..measure.shares import profile
-
     model = getattr(pipe, part)
     timed = profile(model, run, rounds=3, warmup=1, device=device)
     counter = KernelCounter()
@@ -284,7 +282,6 @@ def _time(
 
         for turn in range(rounds):
             tell("timing", 0.1 + 0.9 * turn / rounds)
-            gc.collect()
             gc.disable()
             try:
                 dense(0)
