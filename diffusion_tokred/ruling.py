@@ -40,12 +40,8 @@ def settle(
             raise ConfigError(
                 f'method="auto" chooses everything itself: leave out {", ".join(given)}, or name a method'
             )
-        backbone = backbone_of(model)
-        layout = backbone.layout(model)
-        kinds = {site.kind for site in (*layout.pairs, *layout.sites)}
-        config, policy = choose_auto(target, model, kinds)
-        if policy is None and (measured := measured_default(config.name, backbone.name)) is not None:
-            config, policy = None, measured
+        layout = backbone_of(model).layout(model)
+        config, policy = choose_auto(target, model, {site.kind for site in (*layout.pairs, *layout.sites)})
         return settle(config, None, {}, policy, model)
     policy = offered(config, method, options, policy, model)
     config = resolve(config, method, options, policy)
