@@ -1,8 +1,9 @@
-"""The A/B app, in the wheel as `diffusion_tokred.app`: one prompt, without and with a method, side by side.
+"""The A/B app, in the wheel as `diffusion_tokred.app`: one prompt, two ways to compute it, side by side.
 
-It needs the `app` extra: `pip install "diffusion-tokred[app]"`, then `python -m diffusion_tokred.app --help`.
+It needs the `app` extra: `pip install "diffusion-tokred[app]"`, then `tokred app`.
 """
 
 from .page import build
+from .serving import serve
 
-__all__ = ["build"]
+__all__ = ["build", "serve"]

@@ -10,7 +10,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from .backbones import backbone_of
 from .backbones.base import default_of
+from .defaults import measured_default
 from .errors import ConfigError, UnsupportedError
 from .home import home
 from .methods import MethodConfig, make_config
@@ -72,11 +74,17 @@ def choose_auto(target: Any, denoiser: Any, kinds: Collection[str]) -> tuple[Met
                     f"nothing pays here: {reason}, which differ too much for what one computes to be used in another; "
                     "name a method to insist"
                 )
-            return config, None
+            return _measured(method, denoiser) or (config, None)
     raise UnsupportedError(
         f"nothing pays here: {type(denoiser).__name__} has neither blocks that can be left out whole nor attention; it "
         f"has {', '.join(sorted(kinds)) or 'no sites'}"
     )
+
+
+def _measured(method: str, denoiser: Any) -> tuple[MethodConfig, Policy] | None:
+    """What was measured for this family of models, if there is that."""
+    policy = measured_default(method, backbone_of(denoiser).name)
+    return None if policy is None else (MethodConfig.from_dict(dict(policy.method)), policy)
 
 
 def _few(target: Any, least: int) -> str | None:

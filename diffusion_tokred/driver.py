@@ -26,7 +26,7 @@ from .measure.timing import synchronize
 from .methods import Method
 from .runtime.ledger import Ledger
 from .runtime.record import TokenRecord
-from .runtime.regions import Regions
+from .runtime.regions import Regions, growth
 from .runtime.site import BlockKeeper, GridKeeper, Level, Site
 from .runtime.stats import Report, StepRecord
 from .runtime.store import Memory
@@ -140,7 +140,7 @@ class Driver:
         self.decide(info.index, info.total, info.u)
         if self.spared and not self._told:
             self._told = True
-            warnings.warn(self.growth(), stacklevel=2)
+            warnings.warn(growth(self.spared), stacklevel=2)
         for site in self.sites:
             if not site.plan.idle:
                 site.check(inputs)
@@ -345,13 +345,6 @@ class Driver:
         self._tokens = TokenRecord()
         for level in self.levels:
             level.memory, level.scratch, level.status, level.key = Memory(), {}, None, None
-
-    def growth(self) -> str:
-        """What a step does for the protected tokens that the method would not do by itself."""
-        return "; ".join(
-            f"protect: at level {level} the ratio is {done:.3g} instead of {asked:g}, for the protected tokens' sake"
-            for level, (asked, done) in self.spared.items()
-        )
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The denoiser's arguments by name."""

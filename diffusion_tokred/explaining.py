@@ -22,7 +22,7 @@ from .measure.roofline import Calibration, calibration
 from .methods import MethodConfig, make_method
 from .patching import denoisers, plan
 from .ruling import settle
-from .runtime.regions import Regions
+from .runtime.regions import Regions, growth
 from .runtime.site import Site
 from .runtime.work import Work
 from .schedule.noise import noise_levels
@@ -144,8 +144,8 @@ class _Count:
             for level in driver.levels:
                 level.memory.clock.turn(index - 1, "full")
         driver.decide(index, total, u)
-        if driver.spared and driver.growth() not in self.grown:
-            self.grown.append(driver.growth())
+        if driver.spared and growth(driver.spared) not in self.grown:
+            self.grown.append(growth(driver.spared))
         active = [site for site in driver.sites if site.plan.mode != "full"]
         fresh = [site for site in active if site.leader and site.plan.refresh]
         for site in fresh:

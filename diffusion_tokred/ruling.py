@@ -40,12 +40,8 @@ def settle(
             raise ConfigError(
                 f'method="auto" chooses everything itself: leave out {", ".join(given)}, or name a method'
             )
-        backbone = backbone_of(model)
-        layout = backbone.layout(model)
-        kinds = {site.kind for site in (*layout.pairs, *layout.sites)}
-        config, policy = choose_auto(target, model, kinds)
-        if policy is None and (measured := measured_default(config.name, backbone.name)) is not None:
-            config, policy = None, measured
+        layout = backbone_of(model).layout(model)
+        config, policy = choose_auto(target, model, {site.kind for site in (*layout.pairs, *layout.sites)})
         return settle(config, None, {}, policy, model)
     policy = offered(config, method, options, policy, model)
     config = resolve(config, method, options, policy)
@@ -204,11 +200,22 @@ def _unused(rule: Policy, found: Rule, sites: Sequence[Site], method: Method, mo
             )
     levels = ", ".join(map(str, sorted({site.level.index for site in sites})))
     kinds = ", ".join(dict.fromkeys(site.kind for site in sites))
-    blocks = max(site.block.index for site in sites)
+    blocks = _ranges(sorted({site.block.index for site in sites}))
     return (
         f"the policy's rule for {found} matches no site of {method.name} in this {type(model).__name__}: it acts at "
-        f"{kinds}; levels {levels}; blocks 0-{blocks}"
+        f"{kinds}; levels {levels}; blocks {blocks}"
     )
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 -> "0-2, 5" """
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _rule(rule: Policy, site: Site) -> Rule | None:

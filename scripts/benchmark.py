@@ -1,140 +1,120 @@
-"""Time unpatched, ToMe, ToDo and tomesd side by side on an SD1.5-shaped UNet with random weights.
+"""The comparison of the field: what a row's steps cost beside the unpatched model's, and what a run of them comes to.
 
-    python scripts/benchmark.py                                      # 64x64 and 96x96 latents, float32, all threads
-    python scripts/benchmark.py --tiny --rounds 3                    # try it out in seconds
-    python scripts/benchmark.py --dtype bfloat16 --device cuda --out benchmarks/h100.json
+    python scripts/benchmark.py --shape tiny-sd3-128 --rounds 1   # try it out; its times mean nothing
+    python scripts/benchmark.py --shape sd15-512 --out benchmarks/cpu-sd15-512.json
+    python scripts/benchmark.py --shape sd3-512 --rows toca --rows "ras:ratio=0.75" --rows cache-dit
+    python scripts/benchmark.py --pipeline toy-dit --whole 10 --out benchmarks/cpu-toy-dit.json
+    python scripts/benchmark.py --device cuda --out benchmarks/gpu.json            # all shapes, eager and compiled
+    python scripts/benchmark.py --show benchmarks/gpu.json              # the table and the plot of a file
 
-Let nothing else run meanwhile. The row "unpatched again" shows the noise: a difference inside it means nothing.
+Real widths, random weights. Let nothing else run meanwhile. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from diffusion_tokred import ConfigError, UnsupportedError
-from diffusion_tokred.evaluation.benchmark import Benchmark, benchmark, duel, random_unet
-from diffusion_tokred.evaluation.results import environment, result, to_json, version, write_text
-from diffusion_tokred.measure.timing import Timing
+from diffusion_tokred.errors import ConfigError, UnsupportedError
+from diffusion_tokred.evaluation.comparison import HEAD, Settings, cells, compare_field, field_plot, groups, read
+
+CAPTION = "Time ratio: unpatched / row, median of the rounds with its 95 % interval. A FLOP ratio is no speed-up."
+# Shapes by default.
+CPU = ("sd15-512", "sd15-1024", "pixart-512", "sd3-512")
+CUDA = ("sd15-512", "sd15-1024", "sdxl-1024", "sdxl-2048", "pixart-1024", "sd3-1024", "flux-1024")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--latent", type=int, nargs="+", default=[64, 96], help="sides of the square latents (default: 64 96)")
-    add("--batch", type=int, default=1, help="rows of a call; 2 is one image with guidance (default: 1)")
-    add("--ratio", type=float, default=0.5, help="share of tokens merged by ToMe and tomesd (default: 0.5)")
-    add("--factor", type=int, default=2, help="pooling factor of ToDo (default: 2)")
-    add("--rounds", type=int, default=10, help="rounds; each variant once, unpatched twice (default: 10)")
-    add(
-        "--duel",
-        type=int,
-        default=0,
-        metavar="ROUNDS",
-        help="then time ours against tomesd alone, for a narrow interval",
-    )
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    add("--threads", type=int, help="CPU threads of torch (default: torch's choice)")
-    add("--tiny", action="store_true", help="a tiny UNet, to try the script out; its times mean nothing")
-    add("--out", type=Path, metavar="FILE.json", help="write the result here (whole, or not at all)")
-    return parser.parse_args()
-
-
-def table(found: Benchmark) -> Table:
-    view = Table(
-        title=f"{found.height}x{found.width} latents",
-        caption="Speed-up: median of ratios within a round, 95 % bootstrap interval. FLOP ratios are not speed-ups.",
-    )
-    for head in ("variant", "seconds (IQR)", "FLOP ratio", "S*", "speed-up", "φ", "kernels"):
-        view.add_column(head, justify="left" if head == "variant" else "right")
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
-
-    for line in found.lines:
-        low, middle, high = line.quartiles
-        view.add_row(
-            line.name,
-            f"{middle:.3f} ({low:.3f}-{high:.3f})",
-            number(line.flop_ratio),
-            number(line.ideal),
-            "-" if line.speedup is None else str(line.speedup),
-            "-" if line.phi is None else f"{line.phi:.0%}",
-            str(line.kernels),
+def main(
+    shape: Annotated[list[str] | None, typer.Option(help="FAMILY-PIXELS, such as sd3-1024; again for more.")] = None,
+    pipeline: Annotated[list[str] | None, typer.Option(help="toy-dit, toy-sd: embedded, with whole runs.")] = None,
+    rows: Annotated[
+        list[str] | None, typer.Option(help="A row's name, or a variant such as toca:ratio=0.75; again for more.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    mode: Annotated[list[str] | None, typer.Option(help="eager, compiled. By default eager; on a GPU both.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. By default bfloat16 on a GPU.")] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Of the run that is composed.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each row: unpatched, row, row, unpatched.")] = 10,
+    whole: Annotated[
+        int | None, typer.Option(min=0, help="Rounds of whole runs. By default none; with --pipeline as --rounds.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Blocks. By default all; on a CPU few of a DiT's.")] = None,
+    guidance: Annotated[
+        bool | None, typer.Option(help="Two rows a call, as guidance has. By default on a GPU.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+    backend: Annotated[str, typer.Option(help="Of torch.compile.")] = "inductor",
+    out: Annotated[Path | None, typer.Option(help="FILE.json: written after each row; at the end FILE.png.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Show this file, and measure nothing.")] = None,
+) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    if show is not None:
+        present(console, read(show), show)
+        return
+    gpu = torch.device(device).type == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise ConfigError("there is no GPU here: use --device cpu")
+    if threads:
+        torch.set_num_threads(threads)
+    dtype = dtype or ("bfloat16" if gpu else "float32")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype is float32, bfloat16 or float16, got {dtype!r}")
+    pipelines = pipeline or []
+    settings = Settings(
+        steps, rounds, (rounds if pipelines else 0) if whole is None else whole,
+        tuple(mode or (("eager", "compiled") if gpu else ("eager",))), getattr(torch, dtype), device, depth,
+        gpu if guidance is None else guidance, backend,
+    )  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("", total=1.0)
+        data = compare_field(
+            shape or ([] if pipelines else list(CUDA if gpu else CPU)),
+            rows or (),
+            settings,
+            pipelines=pipelines,
+            out=out,
+            progress=lambda what, share: bars.update(bar, description=what, completed=share),
+            done=lambda row: bars.console.print(" ".join((row["shape"], row["mode"], *cells(row))), highlight=False),
         )
-    return view
+    present(console, data, out)
 
 
-def main() -> int:
-    options = arguments()
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if version("tomesd") is None:
-        print("tomesd is not installed and left out (pip install tomesd==0.1.3)", file=sys.stderr)
-    name, env = "tiny" if options.tiny else "sd15", environment(options.device)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), "left", TimeRemainingColumn())
-    found: list[Benchmark] = []
-    duels: dict[str, Timing] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        building = bars.add_task(f"building the {name} UNet", total=None)
-        unet = random_unet(name, getattr(torch, options.dtype), options.device)
-        bars.remove_task(building)
-        for side in options.latent:
-            bar = bars.add_task(f"{side}x{side}", total=1.0)
-
-            def tell(what: str, share: float, bar=bar, side=side) -> None:
-                bars.update(bar, description=f"{side}x{side}: {what}", completed=share)
-
-            settings = dict(batch=options.batch, ratio=options.ratio, factor=options.factor, rounds=options.rounds)
-            if options.rounds:
-                found.append(benchmark(unet, side, side, **settings, progress=tell))
-            if options.duel:
-                settings = dict(batch=options.batch, ratio=options.ratio, rounds=options.duel)
-                duels[f"{side}x{side}"] = duel(unet, side, side, **settings, progress=tell)
-    for one in found:
-        console.print(table(one))
-        if one.peer is not None:
-            console.print(f"tomesd's time / ours at {one.height}x{one.width}: {one.peer} (above 1: ours is faster)\n")
-    for size, timing in duels.items():
-        console.print(f"tomesd's time / ours at {size}, the two alone: {timing.ratio('tomesd', 'tome')}")
-    if options.out:
-        data = result(
-            "benchmark",
-            env=env | {"tomesd": version("tomesd")},
-            pipeline={
-                "model": f"{name}-shaped UNet2DConditionModel, random weights",
-                "parameters": sum(p.numel() for p in unet.parameters()),
-                "batch": options.batch,
-                "dtype": options.dtype,
-            },
-            reduction={"ratio": options.ratio, "factor": options.factor, "levels": [0], "rounds": options.rounds},
-            prompts=None,
-            rows=[row for one in found for row in one.rows()]
-            + [{"duel": size, "seconds": t.seconds, "tome_again": t.again} for size, t in duels.items()],
-            intervals={key: value for one in found for key, value in one.intervals().items()}
-            | {f"{size} tomesd / tome, duel": vars(t.ratio("tomesd", "tome")) for size, t in duels.items()},
-        )
-        write_text(options.out, to_json(data))
-        console.print(f"written: {options.out}")
-    return 0
+def present(console: Console, data: Mapping[str, Any], path: Path | None) -> None:
+    """Print the tables; draw the plot beside the file."""
+    for title, found in groups(data):
+        view = Table(title=f"{data['asked']['machine']}, {title}", caption=CAPTION)
+        for head in HEAD:
+            view.add_column(head, justify="left" if head in ("row", "steps") else "right")
+        for row in found:
+            if row["error"] is None:
+                view.add_row(*cells(row))
+        console.print(view)
+        for row in found:
+            if row["error"] is not None:
+                console.print(f"{row['name']} does not run: {row['error']}", markup=False, highlight=False)
+            elif whole := row.get("whole"):
+                m = whole["measured"]
+                measured = f"measured {m['median']:.3f}x ({m['low']:.3f}-{m['high']:.3f})"
+                composed = f"composed {whole['composed']:.3f}x, {whole['difference']:+.1%}"
+                console.print(f"{row['name']}, whole runs: {measured}, {composed}", markup=False, highlight=False)
+    if path is not None and any(row["error"] is None for row in data["rows"]):
+        field_plot(data, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        typer.run(main)
     except (ConfigError, UnsupportedError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("benchmark: interrupted", file=sys.stderr)
-        sys.exit(130)
+        raise SystemExit(2) from None

@@ -120,7 +120,7 @@ def test_whole_stacks_have_no_groups_of_blocks(method: str, options: Any) -> Non
     "options, policy, says",
     [
         (dict(method="tome"), ruled(HALF, level=1, points=FULL), "rule for level 1 matches no site .* levels 0; bl"),
-        (dict(method="tome"), ruled(HALF, blocks=[90, 99], points=FULL), "rule for blocks 90-99 matches no site"),
+        (dict(method="tome"), ruled(HALF, blocks=[90, 99], points=FULL), "rule for blocks 90-99 .* blocks 0, 8-9$"),
         (dict(method="tome"), ruled(HALF, kind="cross_attention", points=FULL), "cross-attention matches no site"),
         (dict(method="tome"), Policy(rules=[dict(level=0, points=HALF), dict(kind="attention", points=FULL)]),
          "rule for attention is never reached: all its sites go by earlier ones, such as level 0"),
@@ -138,6 +138,20 @@ def test_rules_that_cannot_be_followed(options: Any, policy: Policy, says: str) 
         with pytest.raises(UnsupportedError, match=says):
             call(pipe, policy=policy, **options)
     assert "_tokred" not in vars(pipe.unet)
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    """Without a graph break, and the same picture: several ratios in a block, and a block that computes all."""
+    policy = Policy(
+        points=[(1.0, 0.5), (0.6, 0.25)],
+        rules=[dict(blocks=[1, 1], points=[]), dict(kind="feed_forward", points=[(1.0, 0.25)])],
+    )
+    pipe = tokred.patch(tiny.sd3(), method="tome", merge_ff=True, policy=policy)
+    plain = tiny.run(pipe, steps=4)
+    torch._dynamo.reset()
+    pipe.transformer.compile(fullgraph=True, backend="eager")
+    assert torch.equal(plain, tiny.run(pipe, steps=4))
 
 
 def test_three_ratios_at_most() -> None:

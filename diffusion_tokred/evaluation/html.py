@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError
-from .images import _INFERNO, colored, difference
+from .images import INFERNO, colored, difference
 from .layout import Table, check, label, number
 from .plots import DARK, LIGHT, panels, quality_plot
 from .report import facts, failures, notes, tables
@@ -211,7 +211,7 @@ def _figure(
     if gap is None:
         shown = '<div class="gone">not to be compared</div>'
     else:
-        shown = f'<img loading="lazy" alt="difference" src="{_embedded(colored(gap, _INFERNO, top))}">'
+        shown = f'<img loading="lazy" alt="difference" src="{_embedded(colored(gap, INFERNO, top))}">'
     yield f"<div>{shown}<small>difference</small></div></div>"
     why = item.get("why_null") or {}
     figures = [
@@ -281,7 +281,7 @@ def _embedded(picture: Image.Image) -> str:
 
 
 def _bar() -> str:
-    stops = ", ".join(f"#{color}" for color in _INFERNO)
+    stops = ", ".join(f"#{color}" for color in INFERNO)
     return f'<span class="scale" style="background: linear-gradient(90deg, {stops})"></span>'
 
 

@@ -21,8 +21,8 @@ from ..runtime.stats import TOKEN_STATES
 from .compare import Comparison, Row
 from .results import to_json, write_text
 
-_INFERNO = ("000004", "1b0c41", "4a0c6b", "781c6d", "a52c60", "cf4446", "ed6925", "fb9b06", "f7d13d", "fcffa4")
-_CIVIDIS = ("00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838")
+INFERNO = ("000004", "1b0c41", "4a0c6b", "781c6d", "a52c60", "cf4446", "ed6925", "fb9b06", "f7d13d", "fcffa4")
+CIVIDIS = ("00224e", "123570", "3b496c", "575d6d", "707173", "8a8678", "a59c74", "c3b369", "e1cc55", "fee838")
 INK, GRAY, PAPER = (28, 30, 34), (108, 112, 120), (255, 255, 255)
 COMPUTED = (0, 5)  # of TOKEN_STATES: "computed" and "protected"
 # A colour for each of TOKEN_STATES (after Okabe and Ito, for colour-blind readers), and how strongly it is laid on.
@@ -60,14 +60,14 @@ def colored(values: np.ndarray, scale: tuple[str, ...], top: float = 1.0) -> Ima
 
 def difference_map(row: Row, top: float = 1.0) -> Image.Image:
     """Heat map of `difference`, as large as the pictures; `top` is drawn brightest."""
-    return colored(difference(row.unpatched, row.patched), _INFERNO, top)
+    return colored(difference(row.unpatched, row.patched), INFERNO, top)
 
 
 def token_map(row: Row) -> Image.Image:
     """Heat map of `tokens_left_out`, one block a token, as large as the pictures."""
     found = row.report.token_map
     values = np.zeros((1, 1)) if found is None else tokens_left_out(found)
-    return colored(values, _CIVIDIS).resize(row.patched.size, Image.Resampling.NEAREST)
+    return colored(values, CIVIDIS).resize(row.patched.size, Image.Resampling.NEAREST)
 
 
 def step_map(picture: Image.Image, token_map: np.ndarray, step: int, part: int = 0, level: int = 0) -> Image.Image:
@@ -135,8 +135,8 @@ def panel(comparison: Comparison) -> Image.Image:
         _text(draw, (left, 66), title, 20, column)
         if note:
             _text(draw, (left, 94), note, 16, column, GRAY)
-    _bar(page, (lefts[2], 97), column, _INFERNO, "0", f"{top:.2f}")
-    _bar(page, (lefts[3], 97), column, _CIVIDIS, "never", "always")
+    _bar(page, (lefts[2], 97), column, INFERNO, "0", f"{top:.2f}")
+    _bar(page, (lefts[3], 97), column, CIVIDIS, "never", "always")
     for index, row in enumerate(rows):
         y = HEAD + index * (height + LINE)
         shown = (row.unpatched, row.patched, difference_map(row, top), token_map(row))

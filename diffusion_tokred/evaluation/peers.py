@@ -108,6 +108,33 @@ class DiffusersTaylorSeer(PeerConfig):
         return _with_contexts(model, apply_taylorseer_cache, config)
 
 
+@_register("diffusers-magcache", "diffusers", "diffusers")
+@dataclass(frozen=True)
+class DiffusersMagCache(PeerConfig):
+    """diffusers' MagCache."""
+
+    threshold: float = option(0.06, "accumulated error below which a step is left out", low=0.0, high=100.0)
+    max_skip_steps: int = option(3, "steps that are left out one after another, at most", low=1, high=1000)
+    retention: float = option(0.2, "share of the steps, the first ones, that are full (retention_ratio)", low=0.0,
+                              high=1.0)  # fmt: skip
+    steps: int = option(28, "of the run (num_inference_steps)", low=1, high=1000)
+    ratios: str = option("flux", "magnitude ratios, which belong to a checkpoint: FLUX's, or all 1",
+                         choices=("flux", "ones"))  # fmt: skip
+
+    def attach(self, pipe: Any, model: nn.Module, seed: int) -> Around:
+        from diffusers.hooks import MagCacheConfig, apply_mag_cache
+        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+        config = MagCacheConfig(
+            threshold=self.threshold,
+            max_skip_steps=self.max_skip_steps,
+            retention_ratio=self.retention,
+            num_inference_steps=self.steps,
+            mag_ratios=FLUX_MAG_RATIOS if self.ratios == "flux" else [1.0] * self.steps,
+        )
+        return _with_contexts(model, apply_mag_cache, config)
+
+
 @_register("cache-dit", "cache-dit", "cache_dit")
 @dataclass(frozen=True)
 class CacheDiT(PeerConfig):
@@ -235,6 +262,7 @@ def applied(pipe: Any, peer: PeerConfig, seed: int = 0) -> Iterator[Any]:
             raise UnsupportedError(f"{peer.name} does not run: it finds nothing to act on in {type(model).__name__}")
         inner, tracker = model.forward, Tracker(model)
 
+        @functools.partial(torch.compiler.disable, recursive=False)  # what it calls is compiled
         @functools.wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with _refusing(peer), around(tracker.step(args, kwargs)):

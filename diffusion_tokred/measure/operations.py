@@ -18,19 +18,18 @@ from ..runtime.site import Site
 from ..runtime.work import Work, macs
 from .flops import Flops
 
-PASSES = (
-    6  # over the rows of a site: norm and modulation read and write, the residual reads two and writes one, the gate
-)
+PASSES = 6  # over the rows of a site: norm, modulation, gate and residual, by convention
 CALLS = 4  # operations that they are
 MOVES = 4  # operations that a method adds to a block, at most (a test counts them)
-MATCHING = 30  # operations of one matching
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Work of one kind: "linear", "conv", "attention" or "memory" (which has no FLOPs to speak of).
+    """Work of one kind: "linear", "conv", "attention", "match" (a whole matching); without FLOPs to speak of: "norm"
+    (with what goes with it, `PASSES`), activations ("gelu", "tanh": the one by a tanh) and "memory".
 
-    `size`: what the device's speed depends on: (rows, width) of products, (pixels, channels), (tokens, head's width).
+    `size`: what the device's speed depends on: (rows, width); (pixels, channels); (tokens, width of a head) of an
+    attention; (tokens, width) of a matching.
     `calls`: how many operations it is, each of which has to be started.
     """
 
@@ -67,7 +66,8 @@ def operations(
     for pair in flops.pairs:
         if pair.name in works:  # tokens chosen, and all of them put together again with what was kept
             rows = batch * math.prod(grids[pair.level.index])
-            found["method"].append(Operation("memory", 0, PASSES * rows * pair.width * itemsize, calls=20))
+            size = (rows, pair.width)
+            found["method"].append(Operation("norm", 0, PASSES * rows * pair.width * itemsize, size, calls=20))
     rest = [
         operation
         for module, rows, _ in flops.between(height, width, text, works)
@@ -105,8 +105,11 @@ def _site(
         size = (math.sqrt(queries * keys), weights.core / 2 / heads)
         yield Operation("attention", 2 * batch * queries * keys * weights.core, moved, size)
     rows = batch * (work.queries if packed else tokens)
-    if rows or hidden:
-        yield Operation("memory", 0, (PASSES * rows * site.width + hidden) * itemsize, calls=CALLS + bool(hidden))
+    if rows:
+        yield Operation("norm", 0, PASSES * rows * site.width * itemsize, (rows, site.width), CALLS)
+    if hidden:
+        size = (batch * work.queries, hidden / max(batch * work.queries, 1) / 2)
+        yield Operation(_activation(site.module), 0, hidden * itemsize, size)
 
 
 def _moves(site: Site, work: Work, tokens: int, batch: int, itemsize: int, packed: bool) -> Iterator[Operation]:
@@ -119,16 +122,19 @@ def _moves(site: Site, work: Work, tokens: int, batch: int, itemsize: int, packe
             yield Operation("memory", 0, 2 * (work.queries + tokens) * row, calls=MOVES)
         elif work.keys < tokens:
             yield Operation("memory", 0, 2 * work.keys * row, calls=1)
-    if work.extra:  # scores of pairs, in float32, written and read
-        scores = work.extra / site.block.width
-        size = (batch * math.sqrt(scores), site.block.width)
-        yield Operation("linear", 2 * batch * work.extra, 8 * batch * scores, size, calls=MATCHING)
+    if work.extra:
+        yield Operation("match", 2 * batch * work.extra, 0, (tokens, site.block.width))
 
 
 def _linear(site: Site) -> list[nn.Linear]:
     """The linear layers of a site, without those of sites inside of it."""
     inside = {id(part) for inner in site.inner for part in inner.module.modules()}
     return [m for m in site.module.modules() if isinstance(m, nn.Linear) and id(m) not in inside]
+
+
+def _activation(module: nn.Module) -> str:
+    tanh = any(getattr(part, "approximate", None) == "tanh" for part in module.modules())
+    return "tanh" if tanh else "gelu"
 
 
 def _layers(module: nn.Module, rows: int, itemsize: int) -> Iterator[Operation]:
@@ -144,4 +150,5 @@ def _layers(module: nn.Module, rows: int, itemsize: int) -> Iterator[Operation]:
         moved = (rows * (ins + outs) + weights) * itemsize
         yield Operation(kind, 2 * rows * weights, moved, (rows, math.sqrt(ins * outs)))
         if kind == "conv":
-            yield Operation("memory", 0, PASSES * rows * ins * itemsize, calls=CALLS)
+            yield Operation("norm", 0, PASSES * rows * ins * itemsize, (rows, ins), CALLS)
+            yield Operation("gelu", 0, 2 * rows * ins * itemsize, (rows, ins))

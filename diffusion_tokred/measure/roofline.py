@@ -7,10 +7,12 @@ fraction of them. So speeds are measured on a grid of sizes, in less than a minu
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,21 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..home import home
+from ..tokens import destinations, match, split
 from .machine import device_name
-from .operations import Operation
+from .operations import PASSES, Operation
 from .timing import synchronize
 
 VERSION = 1
 # kind -> the two sizes of `Operation.size` that are measured.
 GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "linear": ((16, 128, 1024, 4096), (64, 320, 1280, 3072)),
+    "linear": ((16, 128, 1024, 4096), (32, 320, 1280, 3072)),
     "conv": ((64, 256, 1024, 4096), (32, 320, 1280)),
-    "attention": ((64, 256, 1024, 4096), (32, 64, 128)),
+    "attention": ((64, 256, 1024, 4096), (16, 64, 128)),
+    "match": ((256, 1024, 4096), (64, 320, 1280)),
+    "norm": ((64, 1024, 4096), (32, 320, 1280)),
+    "gelu": ((64, 4096), (64, 1280)),
+    "tanh": ((64, 4096), (64, 1280)),
 }
 HEADS = 8
 LARGE = 2**24  # values to copy, more than caches hold
@@ -38,8 +45,10 @@ LARGE = 2**24  # values to copy, more than caches hold
 
 @dataclass(frozen=True)
 class Table:
-    """FLOPs a second at the points of a grid: `rates[i][j]` at `first[i]`, `second[j]`. Between them the logarithm is
-    linear in those of the sizes; outside, it is as at the edge."""
+    """FLOPs (where there are none: bytes) a second on a grid: `rates[i][j]` at `first[i]`, `second[j]`.
+
+    Between the points the logarithm is linear in those of the sizes; outside, it is as at the edge.
+    """
 
     first: tuple[float, ...]
     second: tuple[float, ...]
@@ -57,8 +66,8 @@ class Calibration:
 
     Attributes:
         device, torch, dtype, threads: what they hold for.
-        tables: "linear", "conv" and "attention" -> FLOPs a second by size.
-        bandwidth: bytes a second, read and written.
+        tables: kind of `Operation` -> speed by size.
+        bandwidth: bytes a second of a large copy, read and written.
         call: seconds that starting an operation takes.
         took: seconds of the measurement.
     """
@@ -74,8 +83,13 @@ class Calibration:
 
     def seconds(self, operation: Operation) -> float:
         """max(FLOPs / their rate, bytes / bandwidth), and the time that the calls take to start."""
-        rate = self.tables[operation.kind].at(*operation.size) if operation.flops else 1.0
-        return max(operation.flops / rate, operation.bytes / self.bandwidth) + operation.calls * self.call
+        table = self.tables.get(operation.kind)
+        rate = self.bandwidth if table is None else table.at(*operation.size)
+        if operation.flops:
+            work = max(operation.flops / rate, operation.bytes / self.bandwidth)
+        else:
+            work = operation.bytes / rate
+        return work + operation.calls * self.call
 
     def to_dict(self) -> dict[str, Any]:
         return {"_version": VERSION} | asdict(self)
@@ -175,15 +189,32 @@ def calibrate(
         q, k, v = randn(3, 1, HEADS, tokens, width).unbind()
         return lambda: F.scaled_dot_product_attention(q, k, v), 4.0 * tokens**2 * HEADS * width
 
+    def matching(tokens: int, width: int) -> tuple[Callable[[], Any], float]:
+        x, side = randn(1, tokens, width), math.isqrt(tokens)
+        dst = destinations(side, side, 2, 2, device=device)
+        src = split(dst, tokens)
+        return lambda: match(x, dst, src, tokens // 2), 2.0 * len(dst) * len(src) * width
+
+    def norm(rows: int, width: int) -> tuple[Callable[[], Any], float]:
+        x, scale = randn(1, rows, width), randn(1, 1, width)
+        passes = float(PASSES * x.nbytes)
+        return lambda: x + scale * (F.layer_norm(x, (width,)) * scale + scale), passes
+
+    def activation(rows: int, width: int, approximate: str) -> tuple[Callable[[], Any], float]:
+        x = randn(rows, width)
+        return lambda: F.gelu(x, approximate=approximate), 2.0 * x.nbytes
+
     call = _overhead(device, dtype, timed)
-    makers = {"linear": linear, "conv": conv, "attention": attention}
-    points = [(a * b**2 if kind != "attention" else a**2 * b, kind, a, b) for kind, (rows, columns) in GRIDS.items()
-              for a in rows for b in columns]  # fmt: skip
+    makers: dict[str, Callable[[int, int], tuple[Callable[[], Any], float]]] = {
+        "linear": linear, "conv": conv, "attention": attention, "match": matching, "norm": norm,
+        "gelu": partial(activation, approximate="none"), "tanh": partial(activation, approximate="tanh"),
+    }  # fmt: skip
+    points = [(a * b, kind, a, b) for kind, (rows, columns) in GRIDS.items() for a in rows for b in columns]
     rates: dict[tuple[str, int, int], float] = {}
     for _, kind, a, b in sorted(points):  # the small ones first
         if time.perf_counter() - start < budget:
             function, count = makers[kind](a, b)
-            rates[kind, a, b] = count / max(timed(function) - call, 1e-9)
+            rates[kind, a, b] = count / timed(function)
         else:
             near = [(x * y, rate) for (k, x, y), rate in rates.items() if k == kind and x <= a and y <= b]
             if not near:

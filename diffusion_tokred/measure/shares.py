@@ -1,16 +1,17 @@
-"""Where an unpatched model's time goes, site by site, and how much faster a plan could make it at best.
+"""Where an unpatched model's time goes, module by module, and how much faster a step could be at best.
 
-`S* = 1 / (1 - sum of share * (1 - FLOPs kept))`, where a site has two shares of the time of a call: its attention core
-(the kernel of queries against keys), and its rows (projections and whatever else runs on each token). Matching, merging
-and copies are taken as free. What a method realises of it is `(S - 1) / (S* - 1)`.
+Each module's own time (without that of the modules inside it), and that of each attention core, is a share of a call of
+the unpatched model. A reduced step works on less: a linear layer on fewer rows, an attention core on fewer queries and
+keys, a module that is left out on nothing. `S*` is how much faster the call would be if each share shrank as its work
+does. What a method does between the modules (matching, choosing, gathers and copies) is taken as free; what it realises
+of S* is `phi = (S - 1) / (S* - 1)`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,61 +20,42 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ConfigError, UnsupportedError
-from ..runtime.site import Site
-from ..runtime.work import Weights, Work
+from ..errors import ConfigError
+from .kernels import KernelCounter
 from .timing import synchronize
 
 MIN_IDEAL = 1.2  # below it a realised fraction says nothing
 
 
 @dataclass(frozen=True)
-class Share:
-    """Shares of a call's time that a site takes: `core` is the attention kernel, `rows` all else inside the site."""
+class Parts:
+    """One call of a model, by the names of its modules; "NAME core" is the attention kernel inside of NAME.
 
-    core: float
-    rows: float
+    Attributes:
+        seconds: of each module itself, without the modules and cores inside it. "" is the model.
+        work: elements that a module was handed; of a core, those of its queries times the number of keys. What was
+            called and did nothing, since no module inside of it ran, is left out.
+        kernels, flops: of the whole call, as `KernelCounter` counts them; 0 if it did not.
+    """
 
+    seconds: Mapping[str, float]
+    work: Mapping[str, float]
+    kernels: int = 0
+    flops: int = 0
 
-@dataclass(frozen=True)
-class Shares:
-    """The shares of all sites, by name; medians over the profiled calls. `seconds`: median of a profiled call."""
-
-    sites: dict[str, Share]
-    seconds: float
-
-    def ideal(
-        self, sites: Iterable[Site], works: Mapping[str, Work], grids: Mapping[int, tuple[int, int]], text: int
-    ) -> float:
-        """S*: how many times faster a call would be if each share shrank as its FLOPs do.
-
-        Args:
-            sites: those that the plan may touch.
-            works: what they compute, by name (`Method.works`); a missing one is dense.
-            grids: token grid (h, w) of each level.
-            text: text tokens.
-        """
-        saved = 0.0
-        for site in sites:
-            if (work := works.get(site.name)) is not None:
-                h, w = grids[site.level.index]
-                core, rows = kept(site.weights(), work, h * w, text)
-                share = self.sites[site.name]
-                saved += share.core * (1 - core) + share.rows * (1 - rows)
-        return 1 / (1 - saved)
+    @property
+    def total(self) -> float:
+        """Seconds of the call."""
+        return sum(self.seconds.values())
 
 
-def kept(weights: Weights, work: Work, tokens: int, text: int) -> tuple[float, float]:
-    """Shares of a site's dense FLOPs that remain: of its attention core, and of its rows."""
-
-    def parts(w: Work) -> tuple[int, int]:
-        total = weights.flops(w, 1, text)
-        rows = Weights(weights.query, weights.key, weights.text, 0, weights.text_is).flops(w, 1, text)
-        return total - rows, rows
-
-    core, rows = parts(work)
-    dense_core, dense_rows = parts(Work(tokens))
-    return core / dense_core if dense_core else 1.0, rows / dense_rows if dense_rows else 1.0
+def ideal(dense: Parts, reduced: Parts) -> float:
+    """S*: how many times faster than `dense` a call with the work of `reduced` could be. `dense` has the times."""
+    left = 0.0
+    for name, seconds in dense.seconds.items():
+        before = dense.work.get(name, 0.0)
+        left += seconds * (reduced.work.get(name, 0.0) / before if before else 1.0)
+    return dense.total / left
 
 
 def realised(speedup: float, ideal: float) -> float | None:
@@ -82,55 +64,126 @@ def realised(speedup: float, ideal: float) -> float | None:
 
 
 def profile(
-    sites: Iterable[Site],
-    call: Callable[[], Any],
-    rounds: int = 3,
-    warmup: int = 1,
-    device: torch.device | str = "cpu",
-) -> Shares:
-    """Measure the shares in the unpatched model. `call` runs the denoiser once.
+    model: nn.Module, call: Callable[[], Any], rounds: int = 3, warmup: int = 1, device: torch.device | str = "cpu"
+) -> Parts:
+    """Times by module of the unpatched model: medians over calls. `call` calls the model, once or more.
 
     Raises:
-        ConfigError: no rounds.
-        UnsupportedError: the attention kernel of a site was not seen: its processor does not call PyTorch's.
+        ConfigError: no rounds, or the model was never called.
     """
     if rounds < 1:
         raise ConfigError(f"profiling needs at least one round, got {rounds}")
-    sites, clock = list(sites), _Clock(torch.device(device))
     for _ in range(warmup):
         call()
-    found: list[dict[str, Share]] = []
-    totals = []
-    for _ in range(rounds):
-        spans: dict[str, list[tuple[Any, Any]]] = {}
-        with _watching(sites, clock, spans):
-            start = clock.mark()
+    with Watch(model, device) as watch:
+        for _ in range(rounds):
             call()
-            end = clock.mark()
-        total = clock.seconds([(start, end)])
-        totals.append(total)
-        found.append({site.name: _share(site, spans, clock, total) for site in sites})
-    shares = {
-        site.name: Share(
-            core=float(np.median([f[site.name].core for f in found])),
-            rows=float(np.median([f[site.name].rows for f in found])),
-        )
-        for site in sites
-    }
-    return Shares(shares, float(np.median(totals)))
+    if not watch.calls:
+        raise ConfigError(f"nothing to profile: {type(model).__name__} was not called")
+    names = dict.fromkeys(name for parts in watch.calls for name in parts.seconds)
+    seconds = {name: float(np.median([parts.seconds.get(name, 0.0) for parts in watch.calls])) for name in names}
+    return Parts(seconds, watch.calls[-1].work)
 
 
-def _share(site: Site, spans: dict[str, list[tuple[Any, Any]]], clock: _Clock, total: float) -> Share:
-    core = clock.seconds(spans.get(f"{site.name} core", []))
-    whole = clock.seconds(spans.get(site.name, []))
-    whole -= sum(clock.seconds(spans.get(inner.name, [])) for inner in site.inner)  # those have shares of their own
-    if site.weights().core and not core and whole:
-        processor = type(getattr(site.module, "processor", None)).__name__
-        raise UnsupportedError(
-            f"the attention of {site.name} does not call PyTorch's attention function ({processor}): its time cannot "
-            "be told from that of the projections; use the default processor"
-        )
-    return Share(core / total, (whole - core) / total)
+@dataclass
+class _Running:
+    """A module's call that is on."""
+
+    name: str
+    work: float
+    start: Any
+    inner: list[tuple[Any, Any]] = field(default_factory=list)  # spans of the modules and cores in it
+    works: bool = False  # itself, or a module or core in it
+
+
+class Watch:
+    """A block in which all calls of a model are taken apart. It changes nothing, and slows the calls down.
+
+    Enter it before the model is patched: it knows the modules that are there then, wherever a patch puts them.
+
+    Args:
+        model: eager, not compiled.
+        counter: entered by the caller; then each call has its kernels and FLOPs.
+
+    Attributes:
+        calls: one entry a call of the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device | str = "cpu", counter: KernelCounter | None = None
+    ) -> None:
+        self.model, self.clock, self.counter = model, _Clock(torch.device(device)), counter
+        self.calls: list[Parts] = []
+        self._stack: list[_Running] = []
+        self._spans: list[tuple[str, Any, Any, list[tuple[Any, Any]]]] = []
+        self._work: dict[str, float] = {}
+        self._before = (0, 0)
+
+    def __enter__(self) -> Watch:
+        self._attention = _Attention(self)
+        self._handles = []
+        for name, module in self.model.named_modules():
+            begin, end = self._hooks(name, leaf=next(module.children(), None) is None)
+            self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
+            self._handles.append(module.register_forward_hook(end))
+        self._attention.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._attention.__exit__(*error)
+        for handle in self._handles:
+            handle.remove()
+
+    def _hooks(self, name: str, leaf: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not name:
+                self._stack.clear()  # an exception broke the last call off
+                self._spans.clear()
+                self._work.clear()
+                self._before = self._counted()
+            self._stack.append(_Running(name, _elements((*args, *kwargs.values())), self.clock.mark(), works=leaf))
+
+        def end(module: nn.Module, args: Any, output: Any) -> None:
+            running = self._stack.pop()
+            span = running.start, self.clock.mark()
+            self._spans.append((name, *span, running.inner))
+            if running.works:
+                self._work[name] = self._work.get(name, 0.0) + running.work
+            if self._stack:
+                self._stack[-1].inner.append(span)
+                self._stack[-1].works |= running.works
+            else:
+                self._finish()
+
+        return begin, end
+
+    def core(self, query: torch.Tensor, key: torch.Tensor, start: Any) -> None:
+        """An attention kernel has run, inside of the module that is on."""
+        if not self._stack:
+            return
+        running, span = self._stack[-1], (start, self.clock.mark())
+        name = f"{running.name} core"
+        self._spans.append((name, *span, []))
+        self._work[name] = self._work.get(name, 0.0) + query.numel() * key.shape[-2]
+        running.inner.append(span)
+        running.works = True
+
+    def _finish(self) -> None:
+        seconds: dict[str, float] = {}
+        for name, start, end, inner in self._spans:
+            own = self.clock.seconds([(start, end)]) - self.clock.seconds(inner)
+            seconds[name] = seconds.get(name, 0.0) + own
+        kernels, flops = (now - then for now, then in zip(self._counted(), self._before, strict=True))
+        self.calls.append(Parts(seconds, dict(self._work), kernels, flops))
+
+    def _counted(self) -> tuple[int, int]:
+        return (0, 0) if self.counter is None else (self.counter.count, self.counter.flops)
+
+
+def _elements(values: Sequence[Any]) -> float:
+    """Elements of the tokens and pictures among a module's arguments; of whatever tensors there are, if of none."""
+    sizes = [(x.ndim, x.numel()) for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    return float(sum(size for ndim, size in sizes if ndim >= 3) or sum(size for _, size in sizes))
 
 
 class _Clock:
@@ -156,48 +209,18 @@ class _Clock:
 
 
 class _Attention(TorchFunctionMode):
-    """Marks before and after each call of PyTorch's attention function, while a site is running."""
+    """Sees each call of PyTorch's attention function."""
 
-    def __init__(self, clock: _Clock, spans: dict[str, list[tuple[Any, Any]]]) -> None:
+    def __init__(self, watch: Watch) -> None:
         super().__init__()
-        self.clock, self.spans = clock, spans
-        self.site: str | None = None
+        self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention or self.site is None:
-            return func(*args, **(kwargs or {}))
-        start = self.clock.mark()
-        result = func(*args, **(kwargs or {}))
-        self.spans.setdefault(f"{self.site} core", []).append((start, self.clock.mark()))
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        start = self.watch.clock.mark()
+        result = func(*args, **kwargs)
+        named = dict(zip(("query", "key"), args, strict=False)) | kwargs
+        self.watch.core(named["query"], named["key"], start)
         return result
-
-
-@contextlib.contextmanager
-def _watching(sites: list[Site], clock: _Clock, spans: dict[str, list[tuple[Any, Any]]]) -> Iterator[None]:
-    """With hooks on the sites' modules that mark when each begins and ends."""
-    attention = _Attention(clock, spans)
-    starts: dict[str, Any] = {}
-
-    def begin(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            attention.site, starts[name] = name, clock.mark()
-
-        return hook
-
-    def finish(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            spans.setdefault(name, []).append((starts.pop(name), clock.mark()))
-            attention.site = None
-
-        return hook
-
-    handles = []
-    try:
-        for site in sites:
-            handles.append(site.module.register_forward_pre_hook(begin(site.name)))
-            handles.append(site.module.register_forward_hook(finish(site.name)))
-        with attention:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()

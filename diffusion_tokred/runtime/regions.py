@@ -6,7 +6,7 @@ when a mask changes: a compiled graph that reads them goes on as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,18 @@ class Regions:
                 found = as_weights(found(info, (level.grid[0] // frames, level.grid[1])))
             rows = [weighed(w, level.grid, frames) for w in _each(found, pictures, "importance")]
             level.weights, level.weighed = torch.stack(rows).to(device), key
+
+
+def growth(spared: Mapping[int, tuple[float, float]]) -> str:
+    """What a step does for protected tokens that the method would not do by itself, for the user to read.
+
+    Args:
+        spared: level -> the ratio asked for, and the one that is done.
+    """
+    return "; ".join(
+        f"protect: at level {level} the ratio is {done:.3g} instead of {asked:g}, for the protected tokens' sake"
+        for level, (asked, done) in spared.items()
+    )
 
 
 def as_masks(value: Any) -> list[Tensor]:

@@ -27,7 +27,7 @@ from ..runtime.stats import Report
 from ..schedule.policy import Policy
 from .costs import probed
 from .forms import Form, able, known
-from .steps import Rule, Steps
+from .steps import Does, Steps
 
 TRAIN, HELD = "train", "held out"
 
@@ -60,6 +60,8 @@ class Bench:
         self.metrics = Paired(judges.lpips)
         self._dense: dict[tuple[str, int], Image.Image] = {}
         self.layout = plan(denoiser, make_method(_neutral(denoiser)), Policy.constant(0), 0, None).layout
+        indices = [site.block.index for site in self.layout.sites if site.kind == "feed_forward"]
+        self.blocks = max(indices, default=-1) + 1
         self.kinds = frozenset(site.kind for site in (*self.layout.pairs, *self.layout.sites))
 
     def settings(self) -> dict[str, Any]:
@@ -167,10 +169,10 @@ class Bench:
         return picture.convert("RGB"), took
 
 
-def _did(found: Report, policy: Policy) -> list[tuple[Rule, float]]:
+def _did(found: Report, policy: Policy) -> list[tuple[Does, float]]:
     """What each step of a run did, and its seconds, those of all its passes. Ratios are those asked for: what a method
     makes of them (counts are snapped) costs what it costs."""
-    lines: dict[int, tuple[Rule, float]] = {}
+    lines: dict[int, tuple[Does, float]] = {}
     for step in found.steps:
         mode, ratio = policy.at(step.u)
         rule = (step.mode, ratio if step.mode == mode else step.ratio)

@@ -47,7 +47,7 @@ def rows(form: Form, steps: int) -> list[Row]:
 
 def constant(form: Form, ratio: float = 1.0, **options: float) -> Candidate:
     """A constant setting."""
-    return Candidate(form, None, ratio, tuple(options.items()), SOURCE)
+    return Candidate(form, None, ratio, tuple(options.items()), source=SOURCE)
 
 
 def fastest(row: Sequence[Candidate], good: Callable[[Candidate], bool]) -> Candidate | None:

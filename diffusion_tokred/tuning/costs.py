@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .steps import FULL, Rule
+from .steps import FULL, Does
 
 Probe = Mapping[str, Any]  # "seconds" of the call; "steps": [mode, ratio, seconds] of each
 
@@ -22,9 +22,9 @@ class FormCost:
     """Shares of the unpatched call's time: of a full step, and of the others by what they do."""
 
     full: float
-    between: Mapping[Rule, float]
+    between: Mapping[Does, float]
 
-    def of(self, rule: Rule) -> float:
+    def of(self, rule: Does) -> float:
         """Of a step. Between ratios that were measured it is interpolated, beyond them the nearest is taken.
 
         A mode that was not measured costs what the others do: reusing and forecasting are hardly different.
@@ -57,11 +57,11 @@ class Costs:
     forms: Mapping[str, FormCost]
     rounds: int
 
-    def speed(self, form: str, rules: Sequence[Rule]) -> float:
+    def speed(self, form: str, rules: Sequence[Does]) -> float:
         """How many times as fast as unpatched a run of these steps is."""
         return 1 / (self.rest + sum(map(self.forms[form].of, rules)))
 
-    def ceiling(self, form: str, rules: Sequence[Rule]) -> float:
+    def ceiling(self, form: str, rules: Sequence[Does]) -> float:
         """The speed if all steps that are not full cost what the cheapest of the form does."""
         cost = self.forms[form]
         least = min(cost.between.values())
@@ -95,7 +95,7 @@ def measured(rounds: Sequence[Mapping[str, Any]]) -> Costs:
     dense = np.median([_kinds(one["dense"])[FULL] / one["unpatched"] for one in rounds])
     forms = {}
     for name in rounds[0]["forms"]:
-        shares: dict[Rule, list[float]] = {}
+        shares: dict[Does, list[float]] = {}
         for one in rounds:
             probe, whole = one["forms"][name], one["unpatched"]
             kinds = _kinds(probe)
@@ -117,7 +117,7 @@ def measured(rounds: Sequence[Mapping[str, Any]]) -> Costs:
     )
 
 
-def probed(units: int, rules: Sequence[Rule], first: int = 1) -> list[Rule]:
+def probed(units: int, rules: Sequence[Does], first: int = 1) -> list[Does]:
     """A schedule that has all kinds of steps: by turns a full one and two of a rule, the rules one after the other.
 
     Two, as some methods take two kinds of steps by turns. A run that is too short for that has one of each, the
@@ -130,9 +130,9 @@ def probed(units: int, rules: Sequence[Rule], first: int = 1) -> list[Rule]:
     return [FULL] * first + [turns[i % len(turns)] for i in range(units - first)]
 
 
-def _kinds(probe: Probe) -> dict[Rule, float]:
+def _kinds(probe: Probe) -> dict[Does, float]:
     """Median seconds of the steps of each kind."""
-    groups: dict[Rule, list[float]] = {}
+    groups: dict[Does, list[float]] = {}
     for mode, ratio, seconds in probe["steps"]:
         groups.setdefault(FULL if mode == "full" else (mode, ratio), []).append(seconds)
     return {rule: float(np.median(some)) for rule, some in groups.items()}

@@ -84,10 +84,11 @@ def entries(search: Search) -> list[Entry]:
     first = trials.best()
     if first is None:
         return []
+    constant = search.best_constant
     some = [one for one in trials.found.values() if one.whole and goal.met(one.speed, one.score)] or [first]
-    some.sort(key=lambda one: -goal.value(one.speed, one.score))
+    some = sorted((one for one in some if one is not constant), key=lambda one: -goal.value(one.speed, one.score))
     found = [entry(trials, one, f"tuned-{i}") for i, one in enumerate(some[:FINALISTS], 1)]
-    if (constant := search.best_constant) is not None:
+    if constant is not None:
         found.append(entry(trials, constant, "constant"))
     if (random := search.random.best()) is not None:
         found.append(entry(trials, random, "random"))

@@ -15,7 +15,8 @@ from ..errors import ConfigError, UnsupportedError
 from ..methods import CONFIGS, MethodConfig, make_config, make_method
 from ..patching import plan
 from ..schedule.policy import Policy
-from .steps import Rule, Steps
+from ..schedule.rules import Rule
+from .steps import Does, Steps
 
 # The method's own interval must not come before the policy's full steps. It is no larger than needed: what the age of a
 # token counts is a share of it.
@@ -57,7 +58,7 @@ class Form:
                 given.setdefault("age_weight", known["age_weight"] * FREE / known["interval"])
         return make_config(self.method, **given)
 
-    def rule(self, config: MethodConfig, ratio: float) -> Rule:
+    def rule(self, config: MethodConfig, ratio: float) -> Does:
         """What a step that is not full is asked to do."""
         return (config.asks, ratio if self.ratios else 1.0)
 
@@ -83,6 +84,7 @@ class Candidate:
         full: units computed in full; None: as the method's own interval and warm-up (in `options`) say.
         ratio: share of tokens left out in the others.
         options: levers; of a constant setting also its interval and warm-up.
+        blocks: first and last of those that are reduced, the others are full at all steps; None: all of them.
         source: how it was come upon; two candidates are equal whatever it is.
     """
 
@@ -90,6 +92,7 @@ class Candidate:
     full: tuple[int, ...] | None
     ratio: float = 1.0
     options: tuple[tuple[str, Any], ...] = ()
+    blocks: tuple[int, int] | None = None
     source: str = field(default="", compare=False)
 
     def config(self, steps: int) -> MethodConfig:
@@ -108,11 +111,12 @@ class Candidate:
         if self.full is None:
             mode, ratio = self.form.rule(config, self.ratio)
             return Policy.constant(ratio, mode)
-        return Policy(points=steps.schedule(self.full, self.form.rule(config, self.ratio)))
+        points = steps.schedule(self.full, self.form.rule(config, self.ratio))
+        return Policy(points=points) if self.blocks is None else Policy(rules=(Rule(points, blocks=self.blocks),))
 
     def key(self, steps: Steps) -> str:
         """The same for the same pictures."""
-        made = {"config": self.config(len(steps.us)).to_dict(), "points": self.policy(steps).to_dict()["points"]}
+        made = {"config": self.config(len(steps.us)).to_dict(), **self.policy(steps).to_dict()}
         return json.dumps(made, sort_keys=True)
 
     def words(self, units: int) -> str:

@@ -128,6 +128,10 @@ def _sensitivity(data: Data) -> list[Table]:
     if found["levels"]:
         rows2 = tuple((f"level {level}", number(value)) for level, value in found["levels"].items())
         made.append(Table("What a level of attention matters", ("", label(data["goal"]["metric"])), rows2))
+    if found["blocks"]:
+        rows3 = tuple((f"blocks {name}", number(value)) for name, value in found["blocks"].items())
+        title = "What a group of blocks matters: only these are reduced"
+        made.append(Table(title, ("", label(data["goal"]["metric"])), rows3))
     return made
 
 

@@ -20,7 +20,7 @@ from ..schedule.policy import Policy
 class Tuned:
     """A policy, and what was found on the way to it.
 
-    `tokred.patch(pipe, tuned.config, policy=tuned.policy)` puts it to work. Entries below are plain data, as in
+    `tokred.patch(pipe, policy=tuned.policy)` puts it to work. Entries below are plain data, as in
     `result.json`: `setting` (in words), `composed` (speed from the costs of steps), `speedup` (measured, an interval),
     `train` (the metric on the training prompts), `paired` (held-out: mean, interval, the worst 5 %).
 

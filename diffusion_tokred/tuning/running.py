@@ -86,15 +86,15 @@ def run(
     found = Found(search, budget, refused)
     found.ceiling = ceiling
 
-    def share(count: int) -> float:
+    def share(pictures: int) -> float:
         if budget.evaluations is not None:
-            return count / budget.evaluations
+            return pictures / (budget.evaluations * counts[0])
         assert budget.seconds is not None
         last = _last(costs, counts[1], rounds[1], trials.goal)
         return journal.spent / max(budget.seconds - last, 0.3 * budget.seconds)
 
     search.spent = share
-    search.tell = lambda what: searched(what, share(search.evaluations))
+    search.tell = lambda what: searched(what, share(trials.pictures))
     with quietly():
         try:
             search.run()
@@ -194,9 +194,8 @@ def _aim_higher(found: Found, rounds: int, held: Tell, raced: Tell) -> None:
         return
     found.aimed.append(wanted)
     trials.goal = found.search.random.goal = goal.aimed(wanted)
-    spent, before = found.search.spent, found.search.evaluations
-    start = spent(before)
-    found.search.spent = lambda count: (spent(count) - start) * 3  # a third of the budget again
+    spent, start = found.search.spent, found.search.spent(trials.pictures)
+    found.search.spent = lambda pictures: (spent(pictures) - start) * 3  # a third of the budget again
     found.search.run()
     decide(found, rounds, held, raced)
 

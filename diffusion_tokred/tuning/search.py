@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from . import constants
 from .forms import Candidate, Form, bare
 from .steps import place
@@ -23,6 +23,7 @@ from .trials import Outcome, Trials
 
 LIMITS = (0.5, 0.65, 0.8, 1.0)  # of the budget: until when each part of the search may begin another evaluation
 SURVIVORS = 4  # forms that are searched after the constant settings have been compared
+GROUPS = 3  # of blocks: the first, the middle, the last
 SENSED = 2  # forms whose steps' sensitivity is measured
 QUICK = 3  # rows of constant settings of a form that are searched where a quality is asked for
 TURNS = 3  # of so many evaluations one is the optimiser's, the others are moves
@@ -42,10 +43,11 @@ class Search:
         trials, random: what each has tried.
         forms: that may be used.
         seed: of all that is drawn by lot.
-        spent: which share of the budget is, given the number of evaluations so far.
+        spent: which share of the budget is, given the number of training pictures so far.
         tell: called before each evaluation with what it is.
         harm: by form, of each unit: the score lost when it alone is not full; nan where that cannot be.
         levels: by level of attention: the score when only this one is reduced.
+        blocks: by group of blocks, first to last: the score when only these are reduced.
     """
 
     trials: Trials
@@ -56,6 +58,7 @@ class Search:
     tell: Callable[[str], None] = lambda what: None
     harm: dict[str, list[float]] = field(default_factory=dict)
     levels: dict[int, float] = field(default_factory=dict)
+    blocks: dict[tuple[int, int], float] = field(default_factory=dict)
     evaluations: int = 0
     random_evaluations: int = 0
     limit: float = 1.0
@@ -69,7 +72,7 @@ class Search:
 
     def check(self) -> None:
         """Raise `Spent` if this part of the search has had its share of the budget."""
-        if self.evaluations and self.spent(self.evaluations) >= self.limit:
+        if self.evaluations and self.spent(self.trials.pictures) >= self.limit:
             raise Spent
 
     # --- a single evaluation ------------------------------------------------------------------------------------------
@@ -161,6 +164,7 @@ class Search:
                 losses[unit] = -self.trials.goal.scores([figures])[0]
             self.harm[form.name] = losses
         self._sense_levels()
+        self._sense_blocks()
         self.catch_up()
 
     def _sense_levels(self) -> None:
@@ -173,6 +177,19 @@ class Search:
             one = Candidate(form, (), form.ratios[0], (("levels", (level,)),))
             self.levels[level] = self.trials.goal.scores([self.trials.draw(one, "train", 0)])[0]
 
+    def _sense_blocks(self) -> None:
+        """Of a method without memory, if one is searched: the others know one clock for all blocks of a level."""
+        form, count = next((form for form in reversed(self.forms) if not form.caches), None), self.trials.bench.blocks
+        if form is None or count < GROUPS:
+            return
+        ends = [round(i * count / GROUPS) for i in range(GROUPS + 1)]
+        for first, end in itertools.pairwise(ends):
+            self.check()
+            self.tell("sensitivity of blocks")
+            one = Candidate(form, (), form.ratios[0], blocks=(first, end - 1))
+            with contextlib.suppress(UnsupportedError):  # none of the form's levels is there
+                self.blocks[first, end - 1] = self.trials.goal.scores([self.trials.draw(one, "train", 0)])[0]
+
     def descend(self) -> None:
         """The best form with fewer and fewer full steps: where quality falls fastest shows there."""
         best = self.trials.best()
@@ -182,7 +199,7 @@ class Search:
         options = tuple(pair for pair in best.candidate.options if pair[0] in form.levers)
         for share in (0.75, 0.6, 0.4, 0.3, 0.2, 0.1):
             full = place(units, max(round(share * units), int(form.caches)), self.weights(form, 1.0, 0.0, 0.0))
-            self.evaluate(Candidate(form, full, best.candidate.ratio, options, "ladder"))
+            self.evaluate(Candidate(form, full, best.candidate.ratio, options, source="ladder"))
 
     def weights(self, form: Form, harm: float, tilt: float, bend: float) -> np.ndarray:
         """Of each unit, for `place`: by its sensitivity to the power of `harm`, and by its place in the run."""
@@ -224,7 +241,7 @@ class Search:
         start = order[1 if len(order) > 1 and rng.random() < 0.3 else 0].candidate
         full = self.trials.full(start) if start.full is None else start.full
         options = tuple(sorted((name, value) for name, value in start.options if name in start.form.levers))
-        moved = Candidate(start.form, full, start.ratio, options, "moved")
+        moved = Candidate(start.form, full, start.ratio, options, source="moved")
         for _ in range(parts):
             moved = self._changed(moved, rng)
         return self.repaired(moved, rng)
@@ -304,7 +321,7 @@ class Search:
             def arrange(count: int, order: list[int] = order) -> tuple[int, ...]:
                 return tuple(sorted(order[:count]))
 
-            blank = Candidate(form, (), ratio, options, "random")
+            blank = Candidate(form, (), ratio, options, source="random")
             if self.trials.goal.least is None:
                 filled: Candidate | None = blank.moved(full=arrange(int(rng.integers(first, units))))
             else:
@@ -353,7 +370,7 @@ class _Optimiser:
         def arrange(count: int) -> tuple[int, ...]:
             return place(units, count, weights, first if form.caches else 0, phase) if count else ()
 
-        blank = Candidate(form, (), ratio, tuple(sorted(options)), "optimiser")
+        blank = Candidate(form, (), ratio, tuple(sorted(options)), source="optimiser")
         if trials.goal.least is None:
             count = trial.suggest_int("count", int(form.caches), units - 1)
             candidate: Candidate | None = blank.moved(full=arrange(count))

@@ -20,8 +20,8 @@ from ..schedule.policy import Point, Policy
 
 LEAST = 4  # units below which there is nothing to search
 
-Rule = tuple[str, float]  # mode and ratio of a step
-FULL: Rule = ("full", 0.0)
+Does = tuple[str, float]  # mode and ratio of a step
+FULL: Does = ("full", 0.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Steps:
         units = np.array(self.units)
         return tuple(int(np.abs(units - u).argmin()) for u in self.us)
 
-    def points(self, rules: Sequence[Rule]) -> tuple[Point, ...]:
+    def points(self, rules: Sequence[Does]) -> tuple[Point, ...]:
         """Points of the policy that has these rules, one a unit.
 
         A rule holds from half way to the unit before down to half way to the next, so that a run of another number of
@@ -74,18 +74,18 @@ class Steps:
                 found.append((u, ratio, mode))
         return tuple(found)
 
-    def schedule(self, full: Collection[int], rule: Rule) -> tuple[Point, ...]:
+    def schedule(self, full: Collection[int], rule: Does) -> tuple[Point, ...]:
         """Points of the policy that computes some units in full, and does the others by `rule`."""
         return self.points([FULL if unit in full else rule for unit in range(len(self.units))])
 
 
-def planned(config: MethodConfig, policy: Policy, steps: Steps, kinds: Collection[str]) -> list[Rule]:
+def planned(config: MethodConfig, policy: Policy, steps: Steps, kinds: Collection[str]) -> list[Does]:
     """What each step of a run will do, as far as no data decide: the method's own choice from what the policy asks.
 
     `kinds`: of the sites that the model has, see `Method.on`.
     """
     method = make_method(config).on(kinds)
-    clock, total, found = Clock(), len(steps.us), list[Rule]()
+    clock, total, found = Clock(), len(steps.us), list[Does]()
     for index, u in enumerate(steps.us):
         clock.arrive(index, u)
         mode, ratio = method.step(clock, index, total, *policy.at(u))

@@ -14,7 +14,7 @@ from .costs import Costs
 from .forms import Candidate
 from .goal import Goal
 from .journal import Journal
-from .steps import FULL, Rule, Steps, planned
+from .steps import FULL, Does, Steps, planned
 
 RACE = 2  # pictures after which a candidate that is far behind is given up
 
@@ -70,7 +70,7 @@ class Trials:
             self._keys[candidate] = candidate.key(self.steps)
         return self._keys[candidate]
 
-    def rules(self, candidate: Candidate) -> list[Rule]:
+    def rules(self, candidate: Candidate) -> list[Does]:
         """What its steps are planned to do."""
         config = candidate.config(len(self.steps.us))
         return planned(config, candidate.policy(self.steps), self.steps, self.kinds)
@@ -157,5 +157,5 @@ class Trials:
         return max(some, key=lambda one: self.goal.value(one.speed, one.score), default=None)
 
 
-def _rules(modes: Sequence[Sequence[Any]]) -> list[Rule]:
+def _rules(modes: Sequence[Sequence[Any]]) -> list[Does]:
     return [FULL if mode == "full" else (mode, ratio) for mode, ratio in modes]

@@ -57,8 +57,8 @@ def tune(
         target_speedup: how many times as fast as unpatched. 2 if no target is given; or
         max_lpips, min_psnr: how far from the unpatched pictures, in the mean.
         methods: names to search, all that work by default.
-        budget: evaluations (a candidate's training pictures; the random search draws as many pictures again), or the
-            time for everything, as "10min". By default `EVALUATIONS` evaluations.
+        budget: evaluations (one is as many pictures as there are training prompts; the random search may draw as many
+            again), or the time for everything, as "10min". By default `EVALUATIONS` evaluations.
         holdout: how many of the prompts, from the end, decide; or others that do. By default two in three of them.
         seed: of the search, and of the first prompt's noise.
         out: a folder for all measurements and the result. The same call goes on there, and comes to the same end as

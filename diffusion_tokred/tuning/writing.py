@@ -73,6 +73,7 @@ def finished(found: Found, bench: Any, prompts: Mapping[str, Sequence[str]], mod
                     name: [None if loss != loss else goal.figure(-loss) for loss in losses]
                     for name, losses in search.harm.items()
                 },
+                "blocks": {f"{a}-{b}": goal.figure(score) for (a, b), score in search.blocks.items()},
                 "levels": {str(level): goal.figure(score) for level, score in search.levels.items()},
             },
             "entries": [one.to_dict(goal) for one in found.entries],

@@ -240,7 +240,8 @@ def test_explain(folder: Path, tmp_path: Path) -> None:
 def test_explain_predicts_the_time(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKRED_HOME", str(tmp_path))
     even = roofline.Table((1, 2), (1, 2), ((1e9, 1e9), (1e9, 1e9)))
-    tables = dict.fromkeys(("linear", "conv", "attention"), even)
+    tables = dict.fromkeys(("linear", "conv", "attention", "match"), even)
+    tables |= dict.fromkeys(("norm", "gelu", "tanh"), roofline.Table((1, 2), (1, 2), ((1e30, 1e30), (1e30, 1e30))))
     known = roofline.Calibration("a device", torch.__version__, "float32", 1, tables, 1e30, 0.0)
     roofline.cache_file("cpu", torch.float32).write_text(json.dumps(known.to_dict()))
     base = ("explain", "--model", folder, "--device", "cpu", "--size", "64x32", "--method", "todo")

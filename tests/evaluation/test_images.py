@@ -60,7 +60,7 @@ def test_difference_and_colours() -> None:
     assert images.difference(a, b) == pytest.approx(np.full((3, 4), (1 + 0 + 0.2) / 3))
     ends = images.colored(np.array([[0.0, 2.0]]), ("000000", "ff8000"), top=2.0)
     assert ends.getpixel((0, 0)) == (0, 0, 0) and ends.getpixel((1, 0)) == (255, 128, 0)
-    brightness = np.asarray(images.colored(np.linspace(0, 1, 64)[None], images._CIVIDIS).convert("L"))[0].astype(int)
+    brightness = np.asarray(images.colored(np.linspace(0, 1, 64)[None], images.CIVIDIS).convert("L"))[0].astype(int)
     assert (np.diff(brightness) >= 0).all(), "the scale must also read in grey"
 
 

@@ -16,7 +16,7 @@ from diffusion_tokred.backbones import backbone_of
 from diffusion_tokred.errors import ConfigError
 from diffusion_tokred.measure import roofline
 from diffusion_tokred.measure.flops import Flops
-from diffusion_tokred.measure.operations import MATCHING, Operation, operations
+from diffusion_tokred.measure.operations import Operation, operations
 from diffusion_tokred.measure.roofline import Calibration, Table
 from diffusion_tokred.runtime.work import Work
 from diffusion_tokred.testing import tiny
@@ -25,10 +25,10 @@ FAST = 1e30  # so fast that it takes no time
 N, M, d, T, C = 256, 64, 32, 7, 24  # tiny sd, level 0: tokens, a quarter of them, channels; text tokens, their channels
 
 
-def device(linear: float = FAST, conv: float = FAST, attention: float = FAST, bandwidth: float = FAST,
-           call: float = 0.0) -> Calibration:  # fmt: skip
-    """With the same speed at all sizes."""
-    rates = {"linear": linear, "conv": conv, "attention": attention}
+def device(flops: float = FAST, bandwidth: float = FAST, call: float = 0.0, **others: float) -> Calibration:
+    """With the same speed at all sizes; `others`: of a kind of operation."""
+    rates = dict.fromkeys(("linear", "conv", "attention", "match"), flops)
+    rates |= dict.fromkeys(("norm", "gelu", "tanh"), bandwidth) | others
     tables = {kind: Table((1, 2), (1, 2), ((rate, rate), (rate, rate))) for kind, rate in rates.items()}
     return Calibration("made up", torch.__version__, "float32", 1, tables, bandwidth, call)
 
@@ -42,11 +42,12 @@ def test_between_the_points_of_a_table() -> None:
 
 
 def test_seconds_of_an_operation() -> None:
-    made_up = device(linear=2e9, attention=5e8, bandwidth=1e8, call=1e-3)
+    made_up = device(linear=2e9, attention=5e8, bandwidth=1e8, call=1e-3, norm=2e7)
     assert made_up.seconds(Operation("linear", 4e9, 1e8, calls=3)) == pytest.approx(2 + 0.003)  # FLOPs take longer
     assert made_up.seconds(Operation("linear", 4e9, 3e8)) == pytest.approx(3 + 0.001)  # bytes do
     assert made_up.seconds(Operation("attention", 1e9, 0)) == pytest.approx(2 + 0.001)
     assert made_up.seconds(Operation("memory", 0, 1e7, calls=4)) == pytest.approx(0.1 + 0.004)
+    assert made_up.seconds(Operation("norm", 0, 1e7)) == pytest.approx(0.5 + 0.001)
 
 
 PLANS: list[tuple[str, dict[str, Any]]] = [
@@ -64,7 +65,7 @@ PLANS: list[tuple[str, dict[str, Any]]] = [
 def test_where_only_flops_take_time(name: str, options: dict[str, Any]) -> None:
     """At 1 GFLOP/s for all that has FLOPs, the seconds are the GFLOPs that `explain` counts."""
     pipe = tiny.BUILDERS[name]()
-    found = tokred.explain(pipe, **options, time=device(linear=1e9, conv=1e9, attention=1e9))
+    found = tokred.explain(pipe, **options, time=device(flops=1e9))
     assert found.time is not None
     assert found.time.parts.keys() == found.flops.keys() - {"total"}
     for kind, seconds in found.time.parts.items():
@@ -103,9 +104,11 @@ def test_bytes_by_hand(batch: int, itemsize: int) -> None:
         batch * (2 * N + 2 * T) * d * itemsize, batch * 6 * N * d * itemsize,
     ])  # fmt: skip
     weights = 12 * d * d
-    assert moved(found["feed_forward"], 0, 2) == [
-        (batch * 14 * N * d + weights) * itemsize, batch * (12 + 6) * N * d * itemsize,
+    assert moved(found["feed_forward"], 0, 3) == [
+        (batch * 14 * N * d + weights) * itemsize, batch * 6 * N * d * itemsize, batch * 12 * N * d * itemsize,
     ]  # fmt: skip
+    assert [operation.kind for operation in found["feed_forward"][:3]] == ["linear", "norm", "gelu"]
+    assert work_of(tiny.sd3(), {})["feed_forward"][2].kind == "tanh"
     assert not found["method"]
 
 
@@ -117,14 +120,14 @@ def test_bytes_of_fewer_keys_and_tokens_by_hand() -> None:
         4 * (4 * N * d + 2 * d * d), 4 * (4 * M * d + 2 * d * d), 4 * 2 * (N + M) * d, 4 * 6 * N * d,
     ]  # fmt: skip
     assert todo["method"] == [Operation("memory", 0, 4 * 2 * M * d, calls=1)]
-    scores = 48 * 100
-    tome = work_of(pipe, {name: Work(M, extra=scores * d)})
+    pairs = 48 * 100
+    tome = work_of(pipe, {name: Work(M, extra=pairs * d)})
     assert moved(tome["attention"], 0, 4) == [
         4 * (4 * M * d + 2 * d * d), 4 * (4 * M * d + 2 * d * d), 4 * 4 * M * d, 4 * 6 * N * d,  # norms are of all
     ]  # fmt: skip
     move, match = tome["method"]
     assert (move.bytes, move.calls) == (4 * 2 * (N + M) * d, 4)
-    assert (match.flops, match.bytes, match.calls) == (2 * scores * d, 2 * 4 * scores, MATCHING)
+    assert match == Operation("match", 2 * pairs * d, 0, (N, d))
 
 
 def test_blocks_on_packed_tokens_move_what_they_compute() -> None:
@@ -145,7 +148,7 @@ def test_operations_cost_a_start() -> None:
     assert found.time is not None
     blocks, merged = sum(site.kind == "attention" for site in found.sites), 3
     assert found.time.parts["attention"] == (blocks * (4 + 1 + 4),) * 2  # layers, attention, norm and residual
-    assert found.time.parts["method"] == (0, merged * (4 + MATCHING))
+    assert found.time.parts["method"] == (0, merged * (4 + 1))
 
 
 def test_it_says_when_it_cannot_pay() -> None:
@@ -160,7 +163,7 @@ def test_it_says_when_it_cannot_pay() -> None:
 
 
 def test_in_the_table_and_as_data() -> None:
-    pipe, made_up = tiny.sd3(), device(linear=1e9, attention=1e9)
+    pipe, made_up = tiny.sd3(), device(flops=1e9)
     found = tokred.explain(pipe, method="tome", time=made_up)
     assert found.time is not None
     data = json.loads(json.dumps(found.to_dict()))
@@ -205,7 +208,7 @@ def test_a_device_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_reading_a_calibration() -> None:
-    made_up = device(linear=3.0)
+    made_up = device(flops=3.0)
     assert Calibration.from_dict(json.loads(json.dumps(made_up.to_dict()))) == made_up
     with pytest.raises(ConfigError, match="version 7 cannot be read"):
         Calibration.from_dict(made_up.to_dict() | {"_version": 7})
@@ -215,7 +218,7 @@ def test_reading_a_calibration() -> None:
 
 @pytest.mark.parametrize("budget", [45.0, 0.0])
 def test_measuring(budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"linear": ((4, 16), (8, 16)), "conv": ((16, 64), (4, 8)), "attention": ((8, 16), (8, 16))}
+    small = dict.fromkeys(roofline.GRIDS, ((16, 64), (8, 16)))
     monkeypatch.setattr(roofline, "GRIDS", small)
     monkeypatch.setattr(roofline, "LARGE", 2**12)
     if not budget:  # all but one point of each table are left out

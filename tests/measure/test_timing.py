@@ -12,13 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion_tokred.errors import ConfigError, UnsupportedError
+from diffusion_tokred.errors import ConfigError
 from diffusion_tokred.measure import shares, timing
-from diffusion_tokred.measure.kernels import kernels
-from diffusion_tokred.measure.shares import Share, kept, profile, realised
+from diffusion_tokred.measure.kernels import KernelCounter, kernels
+from diffusion_tokred.measure.shares import Parts, Watch, ideal, profile, realised
 from diffusion_tokred.measure.timing import Timing, Variant, median_interval, paired
-from diffusion_tokred.runtime.site import Block, Level, Site
-from diffusion_tokred.runtime.work import Weights, Work
 from diffusion_tokred.testing import tiny
 
 
@@ -119,28 +117,15 @@ class Slow(Tensor):
 
 
 class Attention(nn.Module):
-    def __init__(self, clock: Clock, attend: bool = True) -> None:
+    """An attention of 3 seconds beside its core, half of them in a module of its own."""
+
+    def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self.clock, self.attend = clock, attend
+        self.clock, self.rows = clock, Pause(clock, 1.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.clock.wait(2)
-        if self.attend:
-            x = F.scaled_dot_product_attention(x, x, x)
-        self.clock.wait(1)
-        return x
-
-
-class FakeSite(Site):
-    def weights(self) -> Weights:
-        return Weights(query=6, key=2, core=8)
-
-
-class FakeRows(Site):
-    kind = "feed_forward"
-
-    def weights(self) -> Weights:
-        return Weights(query=5)
+        self.clock.wait(1.5)
+        return self.rows(F.scaled_dot_product_attention(x, x, x))
 
 
 class Pause(nn.Module):
@@ -153,48 +138,68 @@ class Pause(nn.Module):
         return x
 
 
-def test_shares(clock: Clock) -> None:
-    """20 seconds a call: an attention of 5 + 3, a feed-forward of 2, and 10 outside, 5 of them in another attention."""
+class Whole(nn.Module):
+    """20 seconds: an attention of 5 + 3, a module of 2, and 10 of its own, 5 of them in another attention core."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.attn, self.ff = clock, Attention(clock), Pause(clock, 2)
+
+    def forward(self, x: Tensor, rows: int = 8) -> Tensor:
+        F.scaled_dot_product_attention(x, x, x)
+        self.clock.wait(5)
+        few = x[:, :, :rows]
+        return self.ff(self.attn(few)) if rows else x
+
+
+@pytest.fixture
+def whole(clock: Clock) -> tuple[Whole, Tensor]:
     Slow.clock = clock
-    model = nn.Sequential(Attention(clock), Pause(clock, 2), Pause(clock, 5))
-    level = Level(0)
-    level.grid = (2, 4)
-    block = Block(0, "block", model)
-    sites = [FakeSite("attn", model[0], block, level), FakeRows("ff", model[1], block, level)]
-    x = torch.zeros(1, 1, 8, 4).as_subclass(Slow)
+    return Whole(clock), torch.zeros(1, 1, 8, 4).as_subclass(Slow)
 
-    def call() -> None:
-        F.scaled_dot_product_attention(model(x), x, x)
 
-    found = profile(sites, call, rounds=2, warmup=1)
-    assert found.seconds == 20
-    assert found.sites == {"attn": Share(5 / 20, 3 / 20), "ff": Share(0.0, 2 / 20)}
+def test_shares(whole: tuple[Whole, Tensor]) -> None:
+    model, x = whole
+    found = profile(model, lambda: model(x), rounds=2, warmup=1)
+    assert found.seconds == {"": 5, " core": 5, "attn": 1.5, "attn core": 5, "attn.rows": 1.5, "ff": 2}
+    assert found.total == 20
+    assert found.work == {"": 32, " core": 32 * 8, "attn": 32, "attn core": 32 * 8, "attn.rows": 32, "ff": 32}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-    grids = {0: (2, 4)}
-    assert found.ideal(sites, {}, grids, 0) == 1
-    # Half of the queries and keys: a quarter of the core, half of the rows.
-    assert found.ideal(sites, {"attn": Work(4)}, grids, 0) == pytest.approx(20 / (20 - 5 * 0.75 - 3 * 0.5))
-    # A quarter of the keys: a quarter of the core; of the rows, all 6 a query and a quarter of the 2 a key.
-    assert found.ideal(sites, {"attn": Work(8, 2)}, grids, 0) == pytest.approx(20 / (20 - 5 * 0.75 - 3 * 2 * 0.75 / 8))
-    both = {"attn": Work(4), "ff": Work(6, extra=10**9)}
-    assert found.ideal(sites, both, grids, 0) == pytest.approx(20 / (20 - 5.25 - 2 / 4))
+    with pytest.raises(ConfigError, match="at least one round"):
+        profile(model, lambda: None, rounds=0)
+    with pytest.raises(ConfigError, match="Whole was not called"):
+        profile(model, lambda: None)
 
 
-def test_a_core_that_cannot_be_seen(clock: Clock) -> None:
-    site = FakeSite("attn", Attention(clock, attend=False), Block(0, "", nn.Identity()), Level(0))
-    with pytest.raises(UnsupportedError, match="attn does not call PyTorch's attention"):
-        profile([site], lambda: site.module(torch.zeros(1)))
-    with pytest.raises(ConfigError):
-        profile([site], lambda: None, rounds=0)
+def test_ideal(whole: tuple[Whole, Tensor]) -> None:
+    """Half of the rows: a quarter of the core, half of what works on rows; none: nothing of what is left out."""
+    model, x = whole
+    dense = profile(model, lambda: model(x), rounds=1)
+    with Watch(model) as watch:
+        for rows in (8, 4, 0):
+            model(x, rows)
+    full, half, none = watch.calls
+    assert ideal(dense, full) == 1
+    assert ideal(dense, half) == pytest.approx(20 / (20 - 5 * 0.75 - 5 * 0.5))
+    assert ideal(dense, none) == pytest.approx(20 / 10)
 
 
-def test_joined_text_stays() -> None:
-    weights = Weights(query=4, text=3, core=2, text_is="joined")
-    core, rows = kept(weights, Work(8, 2), 8, text=4)
-    assert core == pytest.approx((12 * 6) / (12 * 12)) and rows == 1.0
-    core, rows = kept(weights, Work(4), 8, text=4)
-    assert core == pytest.approx(64 / 144) and rows == pytest.approx((4 * 4 + 4 * 3) / (8 * 4 + 4 * 3))
+def test_what_is_called_and_does_nothing_has_no_work(whole: tuple[Whole, Tensor]) -> None:
+    """A cache that stands in a module's `forward` and gives back what it kept: its hooks run, and nothing inside."""
+    model, x = whole
+    with Watch(model) as watch:
+        model.attn.forward = lambda x: x  # type: ignore[method-assign]
+        model(x)
+    assert watch.calls[0].work.keys() == {"", " core", "ff"}
+
+
+def test_a_broken_call_leaves_nothing(whole: tuple[Whole, Tensor]) -> None:
+    model, x = whole
+    with Watch(model) as watch:
+        with pytest.raises(RuntimeError, match="2 dimensional"):
+            model(x[0, 0, 0, 0])
+        model(x)
+    assert [call.work["ff"] for call in watch.calls] == [32]
 
 
 def test_realised() -> None:
@@ -203,22 +208,34 @@ def test_realised() -> None:
     assert realised(0.9, 1.5) == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
-def test_real_sites_are_seen(name: str) -> None:
-    """Every site of a denoiser has a share, every attention a core, and together they are less than the call."""
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_real_models_are_seen(name: str) -> None:
+    """Every attention of a denoiser has a core, and the parts are the whole."""
     from diffusion_tokred.backbones import backbone_of
 
     pipe = tiny.BUILDERS[name]()
     model = tiny.denoiser(pipe)
     sites = backbone_of(model).layout(model).sites
-    found = profile(sites, lambda: tiny.run(pipe, steps=1), rounds=1)
-    assert set(found.sites) == {site.name for site in sites}
-    assert all(share.rows > 0 for share in found.sites.values())
-    assert all((found.sites[s.name].core > 0) == (s.kind != "feed_forward") for s in sites)
-    assert sum(share.core + share.rows for share in found.sites.values()) < 1
-    assert math.isfinite(found.seconds)
+    names = {id(module): name for name, module in model.named_modules()}
+    found = profile(model, lambda: tiny.run(pipe, steps=1), rounds=1)
+    assert all(found.seconds[names[id(s.module)]] > 0 for s in sites)
+    assert all((f"{names[id(s.module)]} core" in found.seconds) == (s.kind != "feed_forward") for s in sites)
+    assert math.isfinite(found.total) and ideal(found, found) == pytest.approx(1)
+    assert ideal(found, Parts({}, {})) > 10  # all left out but what has no work
 
 
 def test_kernels() -> None:
     x = torch.zeros(4, 4)
     assert kernels(lambda: (x.view(2, 8).t() + 1).relu()) == 2
+
+
+def test_flops() -> None:
+    """A product, a convolution, and attention, which torch's own counter leaves out on a CPU."""
+    x, conv = torch.zeros(1, 2, 6, 8), nn.Conv2d(2, 5, 3, padding=1)
+    with KernelCounter() as counter, torch.no_grad():
+        F.scaled_dot_product_attention(x, x[:, :, :4], x[:, :, :4])
+        assert counter.flops == 2 * 2 * (2 * 6 * 4 * 8)
+        conv(x)
+        assert counter.flops == 2 * 2 * (2 * 6 * 4 * 8) + 2 * 5 * 2 * 9 * 6 * 8
+        x[0, 0] @ x[0, 1].t()
+    assert counter.flops == 2 * 2 * (2 * 6 * 4 * 8) + 2 * 5 * 2 * 9 * 6 * 8 + 2 * 6 * 8 * 6

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_tokred.tokens import kernels
 from diffusion_tokred.tokens.kernels import matching, operators, rows, selection
@@ -156,8 +158,29 @@ def test_kernels_compile_for_gpus(dtype: str, capability: int) -> None:
     build(rows_triton._modulate, 8, ROWS=1, COLUMNS=4096)
 
 
-def test_where_kernels_run() -> None:
-    class Somewhere:
-        is_cuda = True
+@needs_triton
+def test_cuda_tensors_take_the_kernels() -> None:
+    """On fake tensors, which need no GPU: what is dispatched, and what the fake versions say comes out."""
+    seen: list[str] = []
 
-    assert operators.on(Somewhere()) == operators._WANTED  # type: ignore[arg-type]
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "tokred":
+                seen.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Log():
+        x = torch.empty(2, 64, 32, dtype=torch.bfloat16, device="cuda")
+        gate, dst = x.new_empty(2, 32), torch.empty(16, dtype=torch.int64, device="cuda")
+        values, places = kernels.nearest(x, dst, dst.new_empty(48), torch.empty(2, 64, 1, device="cuda"))
+        assert (values.shape, values.dtype) == ((2, 48), torch.float32)
+        assert (places.shape, places.dtype) == ((2, 48), torch.int64)
+        at = kernels.largest(x.new_empty(2, 64), 9)
+        assert (at.shape, at.dtype, at.device.type) == ((2, 9), torch.int64, "cuda")
+        for rows_ in (kernels.rows_at(x, at), kernels.norm_rows(x, at, gate, gate)):
+            assert (rows_.shape, rows_.dtype) == ((2, 9, 32), torch.bfloat16)
+        assert kernels.scatter_rows(x, at, rows_) is x and kernels.add_rows(x, at, rows_, gate) is x
+        assert seen == ["best", "top", "take", "modulate", "put", "add"]
+        kernels.largest(torch.empty(1, 16, dtype=torch.float64, device="cuda"), 3)  # what a kernel does not do
+        kernels.nearest(x.double(), dst, dst)
+        assert len(seen) == 6

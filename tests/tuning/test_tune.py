@@ -11,7 +11,9 @@ import pytest
 import diffusion_tokred as tokred
 from diffusion_tokred import ConfigError, Policy, StateError, UnsupportedError
 from diffusion_tokred.auto import file_of
+from diffusion_tokred.evaluation.judges import Judges
 from diffusion_tokred.evaluation.metrics import psnr
+from diffusion_tokred.evaluation.variants import Variant
 from diffusion_tokred.measure.timing import Timing
 from diffusion_tokred.testing import tiny
 from diffusion_tokred.tuning.bench import Bench
@@ -118,3 +120,26 @@ def test_optuna_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r'pip install "diffusion-tokred\[tune\]"'):
         tokred.tune(toys.sd(), PROMPTS, **QUICK)
+
+
+def test_levels_and_blocks_by_themselves() -> None:
+    """Of a pipeline: what reducing a level, or a group of blocks, does to the picture."""
+    from diffusion_tokred.tuning.forms import Candidate, known
+    from diffusion_tokred.tuning.steps import Steps
+
+    pipe = toys.sd()
+    bench = Bench(pipe, {"train": PROMPTS[:1], "held out": PROMPTS[1:2]}, CALL, 0, Judges())
+    steps = Steps(tuple(bench.noise()))
+    assert bench.blocks == 10
+    form = [form for form in known(bench.kinds, (0, 1, 2, 3)) if form.method == "tome"][-1]
+    assert form.fixed["levels"] == (0, 1, 2, 3)
+    drawn = {}
+    for name, candidate in {
+        "first": Candidate(form, (), 0.5, blocks=(0, 4)),
+        "last": Candidate(form, (), 0.5, blocks=(5, 9)),
+        "level 0": Candidate(form, (), 0.5, (("levels", (0,)),)),
+        "all": Candidate(form, (), 0.5),
+    }.items():
+        variant = Variant("candidate", candidate.config(6), candidate.policy(steps))
+        drawn[name] = bench.draw(variant, "train", 0)["psnr"]
+    assert len(set(drawn.values())) == 4

@@ -69,6 +69,7 @@ class ToyBench:
     `stop`: after so many pictures Ctrl-C is pressed."""
 
     kinds = frozenset({"attention", "feed_forward", "stack"})
+    blocks = 0
 
     def __init__(self, slow: float = 1.0, stop: int | None = None, forms: Sequence[Form] = FORMS) -> None:
         self.slow, self.stop, self.known, self.drawn = slow, stop, tuple(forms), 0
