@@ -217,7 +217,7 @@ def _model(where: Shape) -> dict[str, Any]:
         "weights": "trained" if where.name in EMBEDDED else "random",
         "parameters": sum(p.numel() for p in model.parameters()),
         "reduced_depth": where.depth,
-        "rows_a_call": where.passes,
+        "rows_a_call": where.rows,
     }
 
 

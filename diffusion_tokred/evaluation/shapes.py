@@ -26,14 +26,14 @@ class Shape:
         pipe: it.
         call: keyword arguments of it, all but the number of steps.
         depth: blocks, and of how many, if these are fewer than the real model's; else None.
-        passes: rows of a denoiser call.
+        rows: of a denoiser call.
     """
 
     name: str
     pipe: Any
     call: Mapping[str, Any]
     depth: str | None
-    passes: int
+    rows: int
 
 
 @dataclass(frozen=True)

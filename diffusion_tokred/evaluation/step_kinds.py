@@ -132,7 +132,9 @@ def count(bench: Bench, row: Row, steps: int, names: list[str] | None) -> Probed
         with counter:
             bench.run(pipe, steps)
         found = report(pipe) if row.config is not None else None
-    per = len(watch.calls) // steps
+    per, over = divmod(len(watch.calls), steps)
+    if not per or over:
+        raise StateError(f"a run of {steps} steps called the denoiser {len(watch.calls)} times: steps cannot be told")
     parts = [merged(watch.calls[i * per : (i + 1) * per]) for i in range(steps)]
     if found is not None:
         records = [found.steps[i * per : (i + 1) * per] for i in range(steps)]
@@ -194,7 +196,7 @@ def measure(
         "unpatched_seconds": [list(one) for one in plain],
         **facts,
     }  # fmt: skip
-    if whole:
+    if whole and (row.config or row.peer):
         found["whole"] = whole_runs(bench, row, whole, {k: np.array(v) for k, v in times.items()}, plain, tell)
     why = {}
     if between is None:

@@ -68,7 +68,7 @@ def test_real_widths(name: str, parameters: int) -> None:
 
 def test_shapes_refuse_and_say() -> None:
     assert shape("tiny-flux-64").depth == "num_layers 2 of 19, num_single_layers 4 of 38"
-    assert shape("tiny-sd3-64", guidance=True).passes == 2
+    assert shape("tiny-sd3-64", guidance=True).rows == 2
     for wrong, said in (("sd9-512", "family of sd15"), ("sd15", "FAMILY-PIXELS"), ("sd15-500", "multiple of 64")):
         with pytest.raises(ConfigError, match=said):
             shape(wrong)

@@ -25,6 +25,7 @@ ACTING = [
     ("sd3", "diffusers-taylorseer:interval=3", "diffusers-taylorseer:interval=1"),
     ("sd3", "diffusers-taylorseer:interval=3,what=modules,dtype=float32", None),
     ("pixart", "diffusers-taylorseer:interval=3,what=lite,order=0", "diffusers-taylorseer:interval=1,what=lite"),
+    ("sd3", "diffusers-magcache:threshold=100,retention=0.04,ratios=ones", None),
     ("sd3", "cache-dit:fn=1,warmup=2,threshold=0.5", "cache-dit:fn=1,warmup=2,threshold=0"),
     ("sd3", "cache-dit:fn=1,warmup=3,threshold=0.5,taylor=1,no_taylor_text", None),
     ("sd", "peer-deepcache:interval=2", "peer-deepcache:interval=1"),
