@@ -218,7 +218,7 @@ def test_rounds_and_what_they_come_to(faked: tuple[Clock, Bench]) -> None:
 
 def test_whole_runs_are_held_against_what_is_composed(faked: tuple[Clock, Bench]) -> None:
     _, bench = faked
-    found = measure(bench, Fake("fake"), rounds=2, whole=2)["whole"]
+    found = measure(bench, Fake("fake", config=default_rows("sd3")["tome"].config), rounds=2, whole=2)["whole"]
     assert found["measured"]["median"] == pytest.approx((10 + 40) / (10 + 22.5)) == found["composed"]
     assert found["difference"] == pytest.approx(0)
 
@@ -315,3 +315,15 @@ def test_the_command(tmp_path: Any) -> None:
     assert shown.exit_code == 0 and "1 reduce, plan + 19 reduce" in shown.output
     wrong = CliRunner().invoke(RUN, ["--shape", "sd9-512", "--dtype", "int8"])
     assert isinstance(wrong.exception, ConfigError) and "dtype" in str(wrong.exception)
+
+
+@pytest.mark.slow
+def test_whole_runs_of_an_embedded_pipeline() -> None:
+    """How near what is composed is to what is measured is for a quiet machine to say; here, that both are there."""
+    settings = Settings(steps=10, rounds=1, whole=1)
+    plain, row = compare_field([], ["taylorseer"], settings, pipelines=["toy-dit"])["rows"]
+    assert plain["model"]["weights"] == "trained" and plain["model"]["rows_a_call"] == 2 and "whole" not in plain
+    whole = row["whole"]
+    assert whole["schedule"] == row["schedule"] and set(row["schedule"]) == {"full", "forecast"}
+    assert whole["measured"]["n"] == 1 and whole["composed"] > 1
+    assert whole["difference"] == pytest.approx(whole["composed"] / whole["measured"]["median"] - 1)
