@@ -9,6 +9,7 @@ of S* is `phi = (S - 1) / (S* - 1)`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ def ideal(dense: Parts, reduced: Parts) -> float:
     for name, seconds in dense.seconds.items():
         before = dense.work.get(name, 0.0)
         left += seconds * (reduced.work.get(name, 0.0) / before if before else 1.0)
-    return dense.total / left
+    return dense.total / left if left else math.inf
 
 
 def realised(speedup: float, ideal: float) -> float | None:

@@ -114,6 +114,7 @@ class Method:
         modes: modes that a policy may ask of it.
         watches_input: True if it reads `block.input`.
         every: what it keeps in a level's memory is made anew after this many steps; 0 or 1: at every step.
+        ties: True if the halves of a guidance pair share what is chosen by what one of them, or both, compute.
         shares_rows: True if all pictures of a batch have the same tokens computed.
         shares_passes: True if the passes of a step (conditional, unconditional) share the level's memory.
         keeps: True if full steps are handed to it too, since it keeps what they compute for later ones.
@@ -137,6 +138,7 @@ class Method:
     modes: tuple[str, ...] = ("full", "reduce")
     watches_input: ClassVar[bool] = False
     every: int = 1
+    ties: bool = False
     shares_rows: bool = False
     shares_passes: bool = False
     keeps: ClassVar[bool] = False

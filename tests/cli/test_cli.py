@@ -190,7 +190,6 @@ def test_help_is_light_and_quick() -> None:
     script = """
         import sys
         from diffusion_tokred.cli import app
-from diffusion_tokred.measure import roofline
         code = app(["--help"], standalone_mode=False)
         assert not code and "torch" not in sys.modules and "diffusers" not in sys.modules, code
     """
