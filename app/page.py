@@ -27,8 +27,8 @@ from .runs import Drawn, Result, Stopped, Tick, compare
 EXAMPLES = (
     ["a big red circle above a small blue square on a plain gray background", 0, "unpatched", "tome"],
     ["a big red star above a small blue ring on a striped pink background", 1, "unpatched", "toca"],
-    ["a small green triangle left of a big yellow heart on a plain white background", 2, "tome", "todo"],
-    ["a big purple ring below a small orange cross on a checkered cyan background", 3, "fora", "taylorseer"],
+    ["a small green square left of a big yellow star on a plain white background", 2, "tome", "todo"],
+    ["a big purple ring below a small yellow star on a checked gray background", 3, "fora", "taylorseer"],
 )
 
 

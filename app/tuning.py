@@ -29,11 +29,11 @@ MOST_PROMPTS, MOST_EVALUATIONS = 48, 200
 GOALS = ("times as fast", "PSNR in dB, at least")
 ROUNDS = (2, 4)  # of measuring steps, and of timing what is reported
 PROMPTS = """a big red circle above a small blue square on a plain gray background
-a small green triangle left of a big yellow star on a plain white background
-a big purple ring below a small orange cross on a plain cyan background
-a small blue star right of a big red triangle on a striped pink background
-a big yellow square above a small green circle on a plain gray background
-a small orange ring left of a big purple star on a plain white background"""
+a small green square left of a big yellow star on a plain white background
+a big purple ring below a small red ring on a striped brown background
+a small blue star right of a big cyan circle on a striped pink background
+a big yellow square above a small green circle on a checked gray background
+a small red ring left of a big purple star on a dotted black background"""
 
 
 def search(

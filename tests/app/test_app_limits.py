@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusion_tokred.app import batch, limits, tuning
+from diffusion_tokred.app import batch, limits, page, tuning
 from PIL import Image
 
 import diffusion_tokred as tokred
+from diffusion_tokred.zoo import scenes
 
 GOOD: dict[str, Any] = dict(
     model="toy-sd", prompt="a  red\nstar", seed=3, steps=4, width=64, height=64.0, guidance=3, repeat=1
@@ -196,3 +197,9 @@ def test_a_good_batch() -> None:
     numbers, sides = batch.settings_of("tome\n\n tome:ratio=0.5 \ntodo", "0-2")
     assert numbers == (0, 1, 2)
     assert sides == [limits.Side(tokred.ToMeConfig()), limits.Side(tokred.ToDoConfig())]  # the first two are the same
+
+
+def test_the_examples_speak_of_what_the_embedded_models_know() -> None:
+    known = {word for prompt in scenes.evaluation_prompts() for word in prompt.split()}
+    for prompt in (*tuning.PROMPTS.splitlines(), *(example[0] for example in page.EXAMPLES)):
+        assert set(prompt.split()) <= known, prompt
