@@ -34,9 +34,9 @@ class ToySD(Denoiser):
     lr = 1e-3
     native = "full"
     stages = (
-        (0.42, {"inner": 16, "inner 256 px": 4}),
-        (0.16, {"convolutions": 12, "inner 256 px": 4}),
-        (0.42, {"full": 8}),
+        (0.36, {"inner": 16, "inner 256 px": 4}),
+        (0.06, {"convolutions": 12, "inner 256 px": 4}),
+        (0.58, {"full": 8}),
     )
 
     def __init__(self, vae: Path, text: Path) -> None:
