@@ -334,7 +334,7 @@ def _nothing(layout: Layout, method: Method, denoiser: nn.Module) -> str:
     found = "; ".join(f"level {level}: {', '.join(sorted(kinds))}" for level, kinds in sorted(there.items()))
     return (
         f"{method.name} with these options matches nothing in this {type(denoiser).__name__}: {method.config}. "
-        f"It has {found or 'no transformer blocks'}. Change levels, or the kinds of module to act on."
+        f"It has {found or 'no transformer blocks'}. Change levels, blocks, or the kinds of module to act on."
     )
 
 
