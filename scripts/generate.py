@@ -25,7 +25,7 @@ from diffusion_tokred.errors import ConfigError, StateError, UnsupportedError
 from diffusion_tokred.evaluation import launch, models, options
 from diffusion_tokred.evaluation import prompts as prompt_sets
 from diffusion_tokred.evaluation.generation import Pace, generate
-from diffusion_tokred.evaluation.variants import UNPATCHED, Variant, check, parse_variant
+from diffusion_tokred.evaluation.variants import UNPATCHED, Variant, check, parse_variant, suited
 
 EVERY = 30.0  # seconds between lines where there is no terminal
 
@@ -103,6 +103,7 @@ def main(
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # notices about packages that nobody needs here
     pipe = models.load_model(model, dtype, str(processes.device) if processes.device else device)
+    variants = suited(variants, pipe)
     if processes.rank == 0:
         if unread := models.unread_of(pipe, texts.texts):
             say(unread)

@@ -44,8 +44,7 @@ class UNet(Backbone):
 
     def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:
         sizes = _sizes(denoiser, height, width)
-        top = min((depth for depth, stage in _stages(denoiser) if _transformers(stage)), default=0)
-        return [sizes[top + level.index] for level in self.layout(denoiser).levels]
+        return [sizes[depth] for depth in sorted({depth for depth, stage in _stages(denoiser) if _transformers(stage)})]
 
     def observe(self, layout: Layout, denoiser: Any, inputs: Mapping[str, Any]) -> None:
         """By the arithmetic of the downsampling layers; seen, each time, at the transformers' input images."""

@@ -131,7 +131,7 @@ def evaluate(
         from ..evaluation import prompts as prompt_sets
         from ..evaluation.evaluate import evaluate as run
         from ..evaluation.measuring import Claim
-        from ..evaluation.variants import UNPATCHED, Variant, parse_variant
+        from ..evaluation.variants import UNPATCHED, Variant, parse_variant, suited
 
         options.load_plugins()
         own = models.defaults(model)
@@ -148,6 +148,7 @@ def evaluate(
         processes = launch.start(models.pick_device(device))
     place = str(processes.device) if processes.device else device
     pipe, _ = load_pipeline(model, dtype, place, None)
+    variants = suited(variants, pipe)
     if sampler := asked.get("scheduler"):
         models.set_scheduler(pipe, sampler)
     if processes.rank == 0:

@@ -73,6 +73,7 @@ def contenders(steps: int) -> dict[str, Contender]:
         ours("taylorseer", by_steps("taylorseer:"), like=("diffusers-taylorseer", "diffusers-taylorseer-lite")),
         ours("clusca", by_steps("clusca:")),
         ours("deepcache", by_steps("deepcache:"), like=("peer-deepcache",)),
+        ours("deepcache-forecast", by_steps("deepcache:order=1,")),
         ours(
             "firstblock", *(by_threshold(f"firstblock:warmup={w},") for w in (3, 2, 4, 1)),
             like=("diffusers-firstblock", "cache-dit"),

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from ..methods import CONFIGS, MethodConfig
-from ..patching import patched
+from ..patching import denoisers, patched
+from ..ruling import settle
 from ..schedule.policy import Policy, as_policy
 from . import peers
 from .options import config_from
@@ -42,6 +43,7 @@ class Variant:
         call: keyword arguments of the pipeline that differ from the run's, such as `num_inference_steps`.
         anchor: None, or one of `ANCHORS`: what the figures of the others are held against.
         peer: another library's cache with its options, instead of a method.
+        bare: the method was named and nothing else: see `suited`.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Variant:
     call: Mapping[str, Any] = field(default_factory=dict, hash=False)
     anchor: str | None = None
     peer: PeerConfig | None = None
+    bare: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(rf"[a-z0-9][a-z0-9._-]{{0,{LONGEST - 1}}}", self.name):
@@ -164,9 +167,24 @@ def parse_variant(text: str, steps: int | None = None) -> Variant:
             raise ConfigError("more than one policy")
         policy = policy_from(policies[0]) if policies else None
         config = config_from(head, [f"--{word}" for word in words if not word.startswith("policy=")], policy)
-        return Variant(name_of(config, policies[0] if policies else None), config, policy)
+        return Variant(name_of(config, policies[0] if policies else None), config, policy, bare=not words)
     except ConfigError as error:
         raise ConfigError(f"variant {text!r}: {error}") from error
+
+
+def suited(variants: Sequence[Variant], pipe: Any) -> list[Variant]:
+    """The variants as `patch` would take them: a method named without options has what was measured for the
+    pipeline's family of models, where that was."""
+    found = []
+    for variant in variants:
+        if variant.bare and variant.config is not None:
+            with contextlib.suppress(UnsupportedError):  # an architecture that is said later
+                config, rule = settle(None, variant.config.name, {}, None, denoisers(pipe)[0])
+                if rule.measured is not None:
+                    # The ratio that it takes is a part of the name, as everywhere.
+                    variant = Variant(name_of(config), config, rule, variant.call)
+        found.append(variant)
+    return found
 
 
 def name_of(config: MethodConfig, policy: str | None = None) -> str:

@@ -30,6 +30,10 @@ class DeepCacheConfig(CacheConfig):
     order: int = option(
         0, "order of the inner output's forecast; 0 reuses it, as published, 1 is linear", low=0, high=4
     )
+    damping: float = option(
+        0.25, "how much of the way the forecast goes: 1 to the step itself, 0 nowhere (the inner output bends soon)",
+        low=0.0, high=2.0,
+    )  # fmt: skip
 
     @property
     def asks(self) -> str:
@@ -77,7 +81,7 @@ class DeepCache(CacheMethod):
             return y
         kept = slot.factors if mode == "forecast" else slot.factors[:1]
         call.note(lambda: _states(call, len(kept[0]), 3 if mode == "forecast" else 2))
-        return extrapolate([part.to(slot.dtype) for part in kept], gap)
+        return extrapolate([part.to(slot.dtype) for part in kept], gap * self.config.damping)
 
 
 def _states(call: PairCall, batch: int, state: int) -> Tensor:

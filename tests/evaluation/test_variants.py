@@ -3,7 +3,7 @@ import torch
 
 from diffusion_tokred import Policy, ToDoConfig, ToMeConfig, patched
 from diffusion_tokred.errors import ConfigError
-from diffusion_tokred.evaluation.variants import UNPATCHED, Variant, check, name_of, parse_variant
+from diffusion_tokred.evaluation.variants import UNPATCHED, Variant, check, name_of, parse_variant, suited
 from diffusion_tokred.testing import tiny
 
 
@@ -96,6 +96,19 @@ def test_as_data_and_back():
     assert Variant(UNPATCHED).to_dict() == {"name": "unpatched", "anchor": None, "reduction": None, "call": {}}
     with pytest.raises(ConfigError, match="a function cannot be saved"):
         Variant("a", ToMeConfig(), lambda u: 0.5).to_dict()
+
+
+def test_a_bare_method_is_what_patch_makes_of_it():
+    pipe = tiny.sd3()
+    typed = [parse_variant(text) for text in ("taylorseer", "taylorseer:interval=3", "fora", "steps:4")]
+    found = suited(typed, pipe)
+    with patched(pipe, method="taylorseer"):
+        driver = pipe.transformer._tokred
+        assert found[0].config == driver.method.config != typed[0].config
+        assert found[0].policy is not None and found[0].policy.measured is not None
+        assert found[0].name == name_of(driver.method.config)
+    assert found[1:] == typed[1:]
+    assert suited(typed, tiny.sd()) == typed  # nothing was measured for UNets
 
 
 def test_applied_is_the_patch_and_leaves_nothing():

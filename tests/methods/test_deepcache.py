@@ -188,7 +188,7 @@ def calls(unet: Any, count: int) -> list[torch.Tensor]:
 
 
 def test_linear_features_are_forecast_exactly():
-    options = dict(SHORT, branch=7, order=1)
+    options = dict(SHORT, branch=7, order=1, damping=1.0)
     want, found = calls(tiny.sd().unet, 9), calls(tokred.patch(tiny.sd().unet, **options), 9)
     for step in (0, 3, 4, 5, 6, 7, 8):  # from the second full step on
         near(found[step], want[step], 1e-6)
@@ -197,6 +197,11 @@ def test_linear_features_are_forecast_exactly():
     assert (reused[5] - want[5]).abs().max() > 1e-3
     asked = tokred.patch(tiny.sd().unet, **options, policy=[(1.0, 1.0, "reuse")])
     assert all(torch.equal(*pair) for pair in zip(calls(asked, 9), reused, strict=True))
+    half = calls(tokred.patch(tiny.sd().unet, **dict(options, damping=0.5)), 9)
+    kept = calls(tokred.patch(tiny.sd().unet, **dict(options, damping=0.0)), 9)
+    for step in (4, 5, 7, 8):  # what a linear feature misses is linear in the damping, up to what lies behind it
+        assert (half[step] - want[step]).norm() < 0.75 * (kept[step] - want[step]).norm()
+    assert all(torch.equal(*pair) for pair in zip(kept, reused, strict=True))
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
