@@ -31,7 +31,7 @@ class DeepCacheConfig(CacheConfig):
         0, "order of the inner output's forecast; 0 reuses it, as published, 1 is linear", low=0, high=4
     )
     damping: float = option(
-        0.25, "how much of the way the forecast goes: 1 to the step itself, 0 nowhere (the inner output bends soon)",
+        0.4, "how much of the way the forecast goes: 1 to the step itself, 0 nowhere (the inner output bends soon)",
         low=0.0, high=2.0,
     )  # fmt: skip
 

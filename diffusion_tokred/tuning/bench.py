@@ -97,9 +97,24 @@ class Bench:
         levels = sorted({site.level.index for site in self.layout.sites if site.kind == "attention"})
         return able(self.denoiser, known(self.kinds, levels), steps)
 
-    def time_unpatched(self) -> float:
-        """Seconds of a call."""
-        return self._timed(Variant("unpatched"))[1]
+    def time_unpatched(self) -> dict[str, float]:
+        """Seconds of a call, and of its steps."""
+        inside: list[float] = []
+
+        def begin(*_: Any) -> None:
+            synchronize(self.pipe._execution_device)
+            inside.append(-time.perf_counter())
+
+        def end(*_: Any) -> None:
+            synchronize(self.pipe._execution_device)
+            inside[-1] += time.perf_counter()
+
+        hooks = (self.denoiser.register_forward_pre_hook(begin), self.denoiser.register_forward_hook(end))
+        try:
+            return {"seconds": self._timed(Variant("unpatched"))[1], "steps": sum(inside)}
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def time_steps(self, form: Form | None, steps: Steps) -> dict[str, Any]:
         """Seconds of a call and of its steps: of the form's kinds of steps; None: all in full. See `costs`."""

@@ -85,31 +85,33 @@ def measured(rounds: Sequence[Mapping[str, Any]]) -> Costs:
     """Costs from rounds: medians over the rounds of medians over the steps of a kind.
 
     Args:
-        rounds: each `{"unpatched": seconds, "dense": Probe, "forms": {name: Probe}}`; "dense" is a run with a patch
-            that leaves all steps full.
+        rounds: each `{"unpatched": {"seconds", "steps"}, "dense": Probe, "forms": {name: Probe}}`: seconds of the
+            unpatched call, and of all its steps; "dense" is a run with a patch that leaves all steps full.
 
-    What a method does before a step, such as choosing tokens, lies outside of the step's own seconds: what the call
-    took more than the dense one beside its steps is divided among the steps that are not full.
+    What a patch does before and after a step lies outside of the step's own seconds. What the dense call took more
+    than the unpatched one beside its steps is the patch's own, at each step. What a call took more than the dense
+    one, such as for choosing tokens, is divided among the steps that are not full.
     """
     steps = len(rounds[0]["dense"]["steps"])
-    dense = np.median([_kinds(one["dense"])[FULL] / one["unpatched"] for one in rounds])
+    dense = np.median([one["unpatched"]["steps"] / steps / one["unpatched"]["seconds"] for one in rounds])
+    own = max(float(np.median([_own(one) for one in rounds])) / steps, 0.0)
     forms = {}
     for name in rounds[0]["forms"]:
         shares: dict[Does, list[float]] = {}
         for one in rounds:
-            probe, whole = one["forms"][name], one["unpatched"]
+            probe, whole = one["forms"][name], one["unpatched"]["seconds"]
             kinds = _kinds(probe)
             between = sum(mode != "full" for mode, _, _ in probe["steps"])
             more = (_beside(probe) - _beside(one["dense"])) / max(between, 1)
             for rule, seconds in kinds.items():
                 shares.setdefault(rule, []).append((seconds + more * (rule != FULL)) / whole)
-        costs = {rule: max(float(np.median(some)), 0.0) for rule, some in shares.items()}
-        full = costs.pop(FULL, float(dense))
+        costs = {rule: own + max(float(np.median(some)), 0.0) for rule, some in shares.items()}
+        full = costs.pop(FULL, own + float(dense))
         if costs:
             forms[name] = FormCost(full, costs)
     return Costs(
         steps=steps,
-        seconds=float(np.median([one["unpatched"] for one in rounds])),
+        seconds=float(np.median([one["unpatched"]["seconds"] for one in rounds])),
         dense=float(dense),
         rest=max(1 - steps * float(dense), 0.0),
         forms=forms,
@@ -136,6 +138,12 @@ def _kinds(probe: Probe) -> dict[Does, float]:
     for mode, ratio, seconds in probe["steps"]:
         groups.setdefault(FULL if mode == "full" else (mode, ratio), []).append(seconds)
     return {rule: float(np.median(some)) for rule, some in groups.items()}
+
+
+def _own(one: Mapping[str, Any]) -> float:
+    """What the dense call took beside its steps more than the unpatched one, as a share of that one."""
+    whole, inside = one["unpatched"]["seconds"], one["unpatched"]["steps"]
+    return float((_beside(one["dense"]) - (whole - inside)) / whole)
 
 
 def _beside(probe: Probe) -> float:

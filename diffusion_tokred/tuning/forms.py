@@ -144,7 +144,7 @@ def defaults(method: str) -> dict[str, Any]:
 
 
 _LAGRANGE = {"order": (1, 2), "damping": (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 1.0, 1.1)}
-_DAMPED = {"order": (0, 1), "damping": (0.1, 0.25, 0.4, 0.6, 1.0)}
+_DAMPED = {"damping": (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)}
 _PACKED = {"select": ("drift", "noise_change", "random"), "forecast": (True, False)}
 
 
@@ -160,7 +160,7 @@ def known(kinds: Collection[str], levels: Sequence[int]) -> list[Form]:
         Form("clusca", "clusca", levers=_LAGRANGE | {"weight": (0.0, 0.005, 0.02)}),
         Form("fora what=stack", "fora", {"what": "stack"}),
         Form("fora what=modules", "fora", {"what": "modules"}),
-        *(Form(f"deepcache branch={b}", "deepcache", {"branch": b}, levers=_DAMPED) for b in (0, 1, 2)),
+        *(Form(f"deepcache branch={b}", "deepcache", {"branch": b, "order": 1}, levers=_DAMPED) for b in (0, 1, 2)),
         Form("firstblock", "firstblock", {"threshold": 100.0}),
         Form("toca", "toca", ratios=RATIOS, levers=packed),
         Form("duca", "duca", ratios=RATIOS, levers={"forecast": (False, True)}),

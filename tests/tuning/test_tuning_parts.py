@@ -106,7 +106,7 @@ def made_round(slower: float) -> dict[str, Any]:
     """A call of 10 seconds: 1 beside the steps, ten steps of 0.9. A reused step takes 0.1, and 0.05 before it."""
     full, reused = ["full", 0.0, 0.95 * slower], ["reuse", 1.0, 0.1 * slower]
     return {
-        "unpatched": 10 * slower,
+        "unpatched": {"seconds": 10 * slower, "steps": 9 * slower},
         "dense": {"seconds": 10 * slower, "steps": [["full", 0.0, 0.9 * slower]] * 10},
         "forms": {"fora": {"seconds": (1 + 5 * 0.95 + 5 * 0.15) * slower, "steps": [full, reused] * 5}},
     }
@@ -122,14 +122,23 @@ def test_costs_are_shares_of_the_unpatched_call() -> None:
     assert costs.fewer(5) == pytest.approx(10 / (1 + 5 * 0.9)) and costs.fewer(10) == pytest.approx(1.0)
 
 
+def test_what_a_patch_takes_for_itself_counts_at_each_step() -> None:
+    """Ten steps of 0.9 and 1 beside them; patched, 0.02 more before each step, and 0.05 before a reused one."""
+    full, reused = ["full", 0.0, 0.9], ["reuse", 1.0, 0.1]
+    probe = {"seconds": 1 + 5 * (0.9 + 0.02) + 5 * (0.1 + 0.02 + 0.05), "steps": [full, reused] * 5}
+    dense = {"seconds": 1 + 10 * (0.9 + 0.02), "steps": [full] * 10}
+    costs = measured([{"unpatched": {"seconds": 10.0, "steps": 9.0}, "dense": dense, "forms": {"fora": probe}}])
+    assert costs.dense == pytest.approx(0.09) and costs.rest == pytest.approx(0.1)
+    assert costs.forms["fora"].full == pytest.approx(0.092)
+    assert costs.forms["fora"].between == {("reuse", 1.0): pytest.approx(0.017)}
+
+
 def test_costs_between_ratios_are_interpolated() -> None:
     line = lambda ratio: ["reduce", ratio, 1 - ratio]  # noqa: E731
-    probe = {
-        "seconds": 6.0,
-        "steps": [["full", 0.0, 1.0], line(0.5), line(0.9), line(0.5), line(0.9), ["full", 0, 1.0]],
-    }
-    dense = {"seconds": 6.0 + 6.0 - sum(step[2] for step in probe["steps"]), "steps": [["full", 0.0, 1.0]] * 6}
-    costs = measured([{"unpatched": 10.0, "dense": dense, "forms": {"x": probe}}]).forms["x"]
+    lines = [["full", 0.0, 1.0], line(0.5), line(0.9), line(0.5), line(0.9), ["full", 0, 1.0]]
+    probe = {"seconds": 4.0 + sum(step[2] for step in lines), "steps": lines}
+    dense = {"seconds": 10.0, "steps": [["full", 0.0, 1.0]] * 6}
+    costs = measured([{"unpatched": {"seconds": 10.0, "steps": 6.0}, "dense": dense, "forms": {"x": probe}}]).forms["x"]
     assert costs.of(("reduce", 0.5)) == pytest.approx(0.05) and costs.of(("reduce", 0.7)) == pytest.approx(0.03)
     assert costs.of(("reduce", 0.99)) == pytest.approx(0.01) and costs.of(FULL) == pytest.approx(0.1)
 

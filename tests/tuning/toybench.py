@@ -80,8 +80,8 @@ class ToyBench:
     def forms(self, steps: int) -> tuple[list[Form], dict[str, str]]:
         return list(self.known), {"deepcache": "no UNet"}
 
-    def time_unpatched(self) -> float:
-        return REST + STEPS * DENSE
+    def time_unpatched(self) -> dict[str, float]:
+        return {"seconds": REST + STEPS * DENSE, "steps": STEPS * DENSE}
 
     def time_steps(self, form: Form | None, steps: Steps) -> dict[str, Any]:
         if form is None:
