@@ -48,7 +48,7 @@ class ToyDiT(Denoiser):
     lr = 1e-3
     native = 1  # latent pixels a patch
     reader = "text_encoder_3"
-    stages = ((0.34, {4: 24}), (0.33, {2: 12}), (0.33, {1: 4}))
+    stages = ((0.24, {4: 24}), (0.15, {2: 12}), (0.61, {1: 4}))
     options = Denoiser.options | dict(max_sequence_length=LENGTH)
 
     def __init__(self, vae: Path, text: Path) -> None:
