@@ -42,7 +42,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return Timing(seconds, (1.0,) * rounds)
 
     monkeypatch.setattr(Bench, "time_steps", times)
-    monkeypatch.setattr(Bench, "time_unpatched", lambda self: 1.0)
+    monkeypatch.setattr(Bench, "time_unpatched", lambda self: {"seconds": 1.0, "steps": 0.6})
     monkeypatch.setattr(Bench, "race", race)
 
 
