@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,6 +43,7 @@ from torch import nn
 
 from diffusion_tokred.zoo import scenes
 
+FOLDER = partial(typer.Option, exists=True, file_okay=False)
 RECIPES = {"vae": VAE, "text": Text, "toy-clip": ToyCLIP, "toy-sd": ToySD, "toy-dit": ToyDiT}
 
 
@@ -245,12 +247,14 @@ def main(
         Literal["vae", "text", "toy-clip", "toy-sd", "toy-dit"], typer.Argument(help="The pipelines need vae and text.")
     ],
     out: Annotated[Path, typer.Option(help="Folder of the run: state, log, sample sheets, export.")],
-    vae: Annotated[Path | None, typer.Option(help="Export of a VAE run; else --init-from has it.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Export of a text run; else --init-from has it.")] = None,
-    init_from: Annotated[Path | None, typer.Option(help="Exported folder to start from, new optimiser.")] = None,
+    vae: Annotated[Path | None, FOLDER(help="Export of a VAE run; else --init-from has it.")] = None,
+    text: Annotated[Path | None, FOLDER(help="Export of a text run; else --init-from has it.")] = None,
+    init_from: Annotated[Path | None, FOLDER(help="Exported folder to start from, new optimiser.")] = None,
     stage: Annotated[int, typer.Option(min=0, help="Begin with this stage of the recipe (0 is the first).")] = 0,
-    minutes: Annotated[float | None, typer.Option(help="Length of the run: minutes of CPU time per thread.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Length of the run in optimiser steps instead.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Length of the run: minutes of CPU time per thread.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length of the run in optimiser steps instead.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the scenes and the noise.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16 (slow on a CPU without AVX-512).")] = False,
@@ -261,10 +265,16 @@ def main(
 ) -> None:
     if export is None and (minutes is None) == (steps is None):
         raise typer.BadParameter("give the length of the run: --minutes or --steps, one of them")
+    if export is not None and not (out / "state.pt").exists():
+        raise typer.BadParameter(f"--export: there is no run in {out}, it has no state.pt")
     vae, text = vae or init_from, text or init_from
     pipeline = model in ("toy-sd", "toy-dit")
     if pipeline and (vae is None or text is None):
         raise typer.BadParameter("pipelines need --vae and --text, exports of finished runs (or --init-from)")
+    if pipeline and not (vae / "vae").is_dir():  # type: ignore[operator]
+        raise typer.BadParameter(f"--vae: {vae} is no export of a VAE run or a pipeline: it has no folder vae")
+    if pipeline and not any(text.glob("text_encoder*")):  # type: ignore[union-attr]
+        raise typer.BadParameter(f"--text: {text} is no export of a text run or a pipeline: it has no text_encoder")
     if stage >= len(RECIPES[model].stages):
         raise typer.BadParameter(f"--stage {stage}: {model} has {len(RECIPES[model].stages)} stages, 0 is the first")
     options = dict(minutes=minutes, steps=steps, seed=seed, threads=threads, bf16=bf16, device=device)

@@ -153,5 +153,16 @@ def test_training_options_are_checked(tmp_path):
     app.command()(script().main)
     usage = CliRunner().invoke(app, ["--help"])
     assert usage.exit_code == 0 and "--init-from" in usage.output
-    assert CliRunner().invoke(app, ["vae", "--out", str(tmp_path)]).exit_code == 2  # no length
-    assert CliRunner().invoke(app, ["toy-sd", "--out", str(tmp_path), "--steps", "1"]).exit_code == 2  # no VAE
+    here, nowhere, dit = str(tmp_path), str(tmp_path / "nowhere"), ["toy-dit", "--steps", "1"]
+    for wrong, said in (
+        (["vae"], "--minutes or --steps"),
+        (["toy-sd", "--steps", "1"], "need --vae and --text"),
+        (["vae", "--minutes", "-1"], "--minutes"),
+        (["vae", "--export", nowhere], "no state.pt"),
+        ([*dit, "--init-from", nowhere], "nowhere"),
+        ([*dit, "--init-from", here], "no folder vae"),
+        ([*dit, "--init-from", str(ROOT / "diffusion_tokred" / "zoo" / "toy-dit"), "--stage", "3"], "3 stages"),
+    ):
+        found = CliRunner().invoke(app, [*wrong, "--out", str(tmp_path / "out")], env={"COLUMNS": "400"})
+        assert found.exit_code == 2 and said in found.output, found.output
+    assert not (tmp_path / "out").exists()

@@ -174,14 +174,13 @@ def parse_variant(text: str, steps: int | None = None) -> Variant:
 
 def suited(variants: Sequence[Variant], pipe: Any) -> list[Variant]:
     """The variants as `patch` would take them: a method named without options has what was measured for the
-    pipeline's family of models, where that was."""
+    pipeline's family of models, where that was. Names say the options, so two may be the same then: `check` tells."""
     found = []
     for variant in variants:
         if variant.bare and variant.config is not None:
             with contextlib.suppress(UnsupportedError):  # an architecture that is said later
                 config, rule = settle(None, variant.config.name, {}, None, denoisers(pipe)[0])
                 if rule.measured is not None:
-                    # The ratio that it takes is a part of the name, as everywhere.
                     variant = Variant(name_of(config), config, rule, variant.call)
         found.append(variant)
     return found

@@ -20,7 +20,11 @@ from .caching import CacheConfig, CacheMethod
 
 @dataclass(frozen=True)
 class DeepCacheConfig(CacheConfig):
-    """DeepCache (arXiv 2312.00858): the outer layers of a UNet run at every step, the inner ones every few steps."""
+    """DeepCache (arXiv 2312.00858): the outer layers of a UNet run at every step, the inner ones every few steps.
+
+    `order` and `damping` are this library's: with order 1 the inner output goes on as it last changed, by finite
+    differences as in TaylorSeer (arXiv 2503.06923), and `damping` shortens the way.
+    """
 
     warmup: int = option(1, "first steps of a run, which are full", low=1, high=1000)
     branch: int = option(
