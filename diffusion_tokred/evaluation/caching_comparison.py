@@ -64,6 +64,7 @@ def contenders(steps: int) -> dict[str, Contender]:
         return tuple(best[count] for count in sorted(best, reverse=True))
 
     alone = tuple(f"peer-deepcache:interval={interval}" for interval in range(2, max(steps, 3)))
+    gates = tuple(f"peer-tgate:gate={gate}" for gate in range(steps - 1, 0, -1))
     every = [
         ours("toca", *(by_ratio(f"toca:interval={i}") for i in (2, 3, 4, 5, 6))),
         ours("duca", *(by_ratio(f"duca:interval={i}") for i in (3, 4, 5, 6))),
@@ -96,6 +97,7 @@ def contenders(steps: int) -> dict[str, Contender]:
             *(by_threshold(f"cache-dit:fn=1,warmup={w},taylor=1,no_taylor_text,") for w in (4, 3, 2)),
         ),
         theirs("peer-deepcache", alone),
+        theirs("peer-tgate", gates, (f"{text},interval=1" for text in gates)),
         theirs("tomesd", by_ratio("tomesd:merge_mlp", 0.75), by_ratio("tomesd:max_downsample=4,merge_mlp", 0.75)),
         Contender("steps", (tuple(f"steps:{count}" for count in range(steps - 1, 0, -1)),)),
     ]  # fmt: skip

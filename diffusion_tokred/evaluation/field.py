@@ -30,6 +30,7 @@ from .peers import (
     DiffusersTaylorSeer,
     PeerConfig,
     PeerDeepCache,
+    PeerTGate,
     ToMeSD,
     applied,
 )
@@ -139,6 +140,10 @@ class Row:
             )
         if row.peer is None or isinstance(row.peer, (ToMeSD, ToDoDefinition)):
             return row, 1, ["full" if row.peer is None else "reduce"]
+        if isinstance(row.peer, PeerTGate):
+            wanted, short = set(row.peer.kinds(steps)), replace(row.peer, gate=min(3, row.peer.gate), warmup=0)
+            count = next((n for n in range(1, steps + 1) if wanted <= set(short.kinds(n))), steps)
+            return replace(row, peer=short), count, short.kinds(count)
         names = {field.name for field in fields(row.peer)}
         if "warmup" in names:
             row = replace(row, peer=_with(row.peer, warmup=2))
@@ -155,6 +160,8 @@ class Row:
             return ["full"] * steps
         if isinstance(self.peer, (ToMeSD, ToDoDefinition)):
             return ["reduce"] * steps
+        if isinstance(self.peer, PeerTGate):
+            return self.peer.kinds(steps)
         if isinstance(self.peer, PeerDeepCache):
             full = set(range(0, steps, self.peer.interval))
         elif isinstance(self.peer, DiffusersTaylorSeer):
@@ -220,6 +227,7 @@ def default_rows(family: str) -> dict[str, Row]:
         "firstblock": "firstblock",
         "tomesd": f"tomesd:ratio=0.5,max_downsample={2 if family == 'sdxl' else 1}",
         "peer-deepcache": "peer-deepcache",
+        "peer-tgate": "peer-tgate",
         "diffusers-firstblock": "diffusers-firstblock",
         "diffusers-taylorseer": "diffusers-taylorseer:what=modules",
         "diffusers-taylorseer-lite": "diffusers-taylorseer:what=lite",

@@ -15,8 +15,9 @@ from .deciding import Entry
 from .forms import Form, bare, chosen
 from .goal import Budget, Goal
 from .journal import Journal
+from .optimiser import library
 from .progress import Tell
-from .search import Search, library
+from .search import Search
 from .steps import Steps
 from .trials import Trials
 

@@ -14,10 +14,10 @@ from ..evaluation.prompts import PromptSet
 from .bench import HELD, TRAIN, Bench
 from .goal import budget_of, goal_of
 from .journal import Journal
+from .optimiser import library
 from .progress import Tell, telling
 from .result import Tuned
 from .running import run
-from .search import library
 from .writing import finished
 
 EVALUATIONS = 120  # the usual budget

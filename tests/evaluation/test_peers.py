@@ -29,6 +29,8 @@ ACTING = [
     ("sd3", "cache-dit:fn=1,warmup=2,threshold=0.5", "cache-dit:fn=1,warmup=2,threshold=0"),
     ("sd3", "cache-dit:fn=1,warmup=3,threshold=0.5,taylor=1,no_taylor_text", None),
     ("sd", "peer-deepcache:interval=2", "peer-deepcache:interval=1"),
+    ("sd", "peer-tgate:gate=3,interval=2,warmup=0", "peer-tgate:gate=1000,interval=1"),
+    ("pixart", "peer-tgate:gate=4,later=2", None),
     ("sd", "tomesd:ratio=0.5", "tomesd:ratio=0"),
 ]
 REFUSED = [
@@ -39,6 +41,11 @@ REFUSED = [
     ("sd3", "cache-dit", "AssertionError: Fn_compute_blocks 8 must be less"),
     ("sd", "cache-dit:fn=1", "ValueError: StableDiffusionPipeline is not officially supported"),
     ("sd3", "peer-deepcache", "AttributeError: .* has no attribute 'unet'"),
+    (
+        "sd3",
+        "peer-tgate",
+        "its package is written for Stable Diffusion, SDXL and PixArt, not for SD3Transformer2DModel",
+    ),
     ("sd3", "tomesd", "AttributeError: .* has no attribute 'named_modules'"),
 ]
 
@@ -198,3 +205,40 @@ def test_cache_dit_does_not_wait_for_other_processes(monkeypatch):
     peer = peers.applied(tiny.sd3(), peers.parse_peer("cache-dit", []))
     with pytest.raises(UnsupportedError, match="use it in one process"), peer:
         pass
+
+
+def test_tgate_draws_what_its_package_draws() -> None:
+    """The half batch is made around the denoiser here, and by a pipeline's second `__call__` there."""
+    tgate, pipe = pytest.importorskip("tgate"), tiny.sd()
+    options = {"gate_step": 3, "sp_interval": 2, "fi_interval": 2, "warm_up": 0}
+    with peers.applied(pipe, peers.PeerTGate(gate=3, interval=2, later=2, warmup=0)):
+        ours = tiny.run(pipe, steps=7)
+        tiny.run(pipe, steps=7, guidance=1.0)  # where the package's loop breaks
+    loaded = tgate.TgateSDLoader(tiny.sd())
+    call = tiny.inputs(loaded, 0, 1, 4.0) | {"num_inference_steps": 7, "output_type": "latent"}
+    theirs = loaded.tgate(**call, **options, generator=[torch.Generator().manual_seed(0)])[0]
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_tgates_steps_do_what_they_are_called() -> None:
+    """By the attention that runs in each."""
+    pytest.importorskip("tgate")
+    pipe, peer = tiny.sd(), peers.PeerTGate(gate=4, interval=2, later=2, warmup=0)
+    found: list[str] = []
+    ran: set[str] = set()
+    unet = pipe.unet
+    for name, module in unet.named_modules():
+        if name.endswith((".attn1.to_q", ".attn2.to_q")):
+            kind = name.split(".")[-2]
+            module.register_forward_hook(lambda *_, kind=kind: ran.add(kind))
+
+    def ended(*_: Any) -> None:
+        names = {("attn1", "attn2"): "full", ("attn2",): "reuse self", ("attn1",): "reuse cross", (): "reuse"}
+        found.append(names[tuple(sorted(ran))])
+        ran.clear()
+
+    unet.register_forward_hook(ended)
+    with peers.applied(pipe, peer):
+        tiny.run(pipe, steps=8)
+    assert found == peer.kinds(8)
+    assert set(found) == {"full", "reuse self", "reuse cross", "reuse"}
