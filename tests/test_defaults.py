@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import diffusion_tokred as tokred
 from diffusion_tokred.backbones import BACKBONES
 from diffusion_tokred.defaults import measured_default, measured_families
+from diffusion_tokred.errors import ConfigError
 from diffusion_tokred.testing import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -72,3 +75,31 @@ def test_where_it_holds() -> None:
     elsewhere = tokred.explain(tiny.sd(), method="taylorseer")
     assert elsewhere.config == tokred.TaylorSeerConfig().to_dict()
     assert "Settings: no measured default for taylorseer on unet: the method's own" in elsewhere.table()
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("choose_default", ROOT / "scripts" / "choose_default.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("method, family", SHIPPED)
+def test_the_script_that_chooses_makes_the_entry(method: str, family: str, script: Any) -> None:
+    stored = json.loads((ROOT / "diffusion_tokred" / "defaults.json").read_text())[family][method]
+    said = stored["measured"]
+    assert script.entry(ROOT / said["report"], said["variant"], said["why"]) == (family, method, stored)
+
+
+def test_what_cannot_be_chosen(script: Any, tmp_path: Path) -> None:
+    report = ROOT / "benchmarks" / "caching-toy-sd-2x"
+    for folder, name, words in (
+        (tmp_path, "deepcache", "result.json is not there"),
+        (report, "deepcash", "has unpatched, .*found no 'deepcash'"),
+        (report, "steps-10", "'steps-10' of .* is no timed setting of a method"),
+        (report, "peer-deepcache", "unknown method .peer-deepcache."),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            script.entry(folder, name, "why")
