@@ -131,8 +131,11 @@ def _bisect(row: Sequence[str], speed: Speed, target: float, rounds: tuple[int, 
             low = middle + 1
         else:
             high = middle - 1
-    text = min(seen, key=lambda text: abs(math.log(seen[text].median / target)))
-    found = speed(text, sure)
+    certain = set[str]()
+    while (text := min(seen, key=lambda text: abs(math.log(seen[text].median / target)))) not in certain:
+        seen[text] = speed(text, sure)  # which may show that another one is nearer
+        certain.add(text)
+    found = seen[text]
     if equal(found):
         return Found("equal", text, found)
     return Found("near", text, found, f"its settings jump over {target:g}x: the nearest one")

@@ -82,6 +82,19 @@ def test_a_noisy_measurement_is_made_sure_of() -> None:
     assert (found.state, found.text) == ("equal", "a3")
 
 
+def test_another_one_is_nearer_after_all() -> None:
+    """Three rounds say 2.09 of a setting that is at 2.13; the one before it is at 1.89."""
+
+    class Noisy(Speeds):
+        def __call__(self, text: str, rounds: int) -> Interval:
+            found = super().__call__(text, rounds)
+            return Interval(2.09, 2.09, 2.09, rounds) if (text, rounds) == ("a2", 3) else found
+
+    known = row("a", [1.5, 1.89, 2.13, 2.6, 3.0])
+    found = search(Contender("a", (tuple(known),)), Noisy(known), 2.0, (3, 10))
+    assert (found.state, found.text) == ("near", "a1")
+
+
 @pytest.mark.parametrize("steps", [20, 28])
 def test_all_settings_can_be_typed(steps: int) -> None:
     known = contenders(steps)
