@@ -65,7 +65,7 @@ def test_where_it_holds() -> None:
     assert config != tokred.TaylorSeerConfig()
     found = tokred.explain(pipe, method="taylorseer", num_inference_steps=12)
     assert found.config == config.to_dict() and [s.mode for s in found.steps] == 6 * ["full", "forecast"]
-    assert "benchmarks/caches-toy-dit, taylorseer-interval-2-warmup-1" in found.table()
+    assert "benchmarks/caching-toy-dit-2x, taylorseer-interval-2-warmup-1" in found.table()
     with tokred.patched(pipe, method="taylorseer"):
         tiny.run(pipe, steps=12)
     assert [s.mode for s in tokred.report(pipe).steps] == [s.mode for s in found.steps]
