@@ -104,10 +104,14 @@ def quality_plot(
         text: handle for axes, _ in drawn for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     entries = {text: entries[text] for text in sorted(entries, key=lambda text: (text not in colors, text in LINES))}
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=min(len(entries), 2 + 2 * (across - 1)),
-        frameon=False, labelcolor=theme.ink, fontsize=9.5 if across > 1 else 8.5, handlelength=2.4, columnspacing=1.4,
-    )  # fmt: skip
+    for columns in range(min(len(entries), 2 * across), 0, -1):  # as many as have room
+        legend = figure.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False,
+            labelcolor=theme.ink, fontsize=9.5 if across > 1 else 8.5, handlelength=2.4, columnspacing=1.4,
+        )  # fmt: skip
+        if columns == 1 or legend.get_window_extent().width < figure.bbox.width:
+            break
+        legend.remove()
     figure.canvas.draw()  # from here on it is known where things lie
     figure.set_layout_engine("none")
     for axes, points in drawn:
@@ -150,9 +154,9 @@ def _panel(
         if family in ("unpatched", STEPS):
             color, marker = theme.soft, "X" if family == "unpatched" else "s"
         else:
-            at = len(colors)
+            at, lap = len(colors), len(colors) // len(theme.methods)
             color, marker = colors.setdefault(
-                family, (theme.methods[at % len(theme.methods)], MARKERS[at % len(MARKERS)])
+                family, (theme.methods[at % len(theme.methods)], MARKERS[(at + lap) % len(MARKERS)])
             )
         x, y = zip(*(point.x for point in points), strict=True), zip(*(point.y for point in points), strict=True)
         (xs, left, right), (ys, low, high) = x, y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -288,6 +289,19 @@ def test_nothing_in_the_plot_covers_anything(metrics: Any, monkeypatch: pytest.M
     assert not any(boxes[0].overlaps(other) for other in boxes[1:])
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words[:3] == ["tome", "todo", "fewer steps, unpatched"] and "seed to seed" in words
+
+
+def test_many_families_can_be_told_apart_and_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    many, seen = fake(), []
+    one = next(v for v in many["variants"] if v["name"].startswith("tome"))
+    many["variants"] += [copy.deepcopy(one) | {"name": f"{letter * 40}-0.5"} for letter in "abcdefghijklmno"]
+    monkeypatch.setattr(plots, "_name_points", lambda axes, points: seen.append(axes))
+    plots.quality_plot(many, io.BytesIO(), ["psnr", "ssim"])
+    figure, axes = seen[0].figure, seen[0]
+    box = figure.legends[0].get_window_extent()
+    assert len(figure.legends) == 1 and box.x0 >= 0 and box.x1 <= figure.bbox.width
+    marks = [(c.lines[0].get_color(), c.lines[0].get_marker()) for c in axes.containers]
+    assert len(marks) == len(set(marks)) > 16
 
 
 def test_without_times_the_variants_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
