@@ -1,6 +1,6 @@
 """Make a measured setting the default of its method on its model's family: an entry of diffusion_tokred/defaults.json.
 
-    python scripts/choose_default.py benchmarks/caching-toy-dit-2x taylorseer --why "the nearest of all at 2x"
+    python scripts/choose_default.py benchmarks/caching-toy-dit-2x taylorseer-interval-2-warmup-1 --why "nearest at 2x"
     python scripts/choose_default.py --list
 
 REPORT is the folder of a finished evaluation or caching comparison that is in the repository, VARIANT the name of a row
@@ -19,6 +19,7 @@ import typer
 from diffusion_tokred import MethodConfig, Policy
 from diffusion_tokred.backbones import BACKBONES
 from diffusion_tokred.errors import ConfigError
+from diffusion_tokred.evaluation.layout import read
 from diffusion_tokred.evaluation.results import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,12 +30,12 @@ def entry(report: Path, name: str, why: str) -> tuple[str, str, dict[str, Any]]:
     """Family, method and entry of a measured variant.
 
     Raises:
-        ConfigError: no finished report, no such variant in it, or one that is no plain setting of a method.
+        ConfigError: no finished report in the repository, no such variant in it, or one that is no plain setting of a
+            method, timed, on a model of a known family.
     """
-    file = report / "result.json"
-    if not file.is_file():
-        raise ConfigError(f"no report in {report}: result.json is not there")
-    result = json.loads(file.read_text(encoding="utf-8"))
+    if not report.resolve().is_relative_to(ROOT):
+        raise ConfigError(f"{report} is not in the repository: a default names a report that comes with it")
+    result = read(report / "result.json")
     variants = {variant["name"]: variant for variant in result["variants"]}
     if result["status"] != "complete" or name not in variants:
         raise ConfigError(f"{report} is {result['status']} and has {', '.join(variants)}: found no {name!r}")
@@ -43,7 +44,9 @@ def entry(report: Path, name: str, why: str) -> tuple[str, str, dict[str, Any]]:
     if reduction is None or reduction.get("config", {}).get("_type") is None or reduction.get("policy") or not cost:
         raise ConfigError(f"{name!r} of {report} is no timed setting of a method of ours without a policy")
     config = MethodConfig.from_dict(reduction["config"])
-    families = [family for family, backbone in BACKBONES.items() if pipeline["denoiser"] in backbone.models]
+    family = next((name for name, known in BACKBONES.items() if pipeline["denoiser"] in known.models), None)
+    if family is None or "psnr" not in variant["paired"]:
+        raise ConfigError(f"{name!r} of {report} has no PSNR, or {pipeline['denoiser']} is of no known family")
     policy = Policy.constant(config.share, config.asks).to_dict() | {
         "method": reduction["config"],
         "model": f"any of the family; measured on {pipeline['model']}",
@@ -59,7 +62,7 @@ def entry(report: Path, name: str, why: str) -> tuple[str, str, dict[str, Any]]:
             "why": why,
         },
     }
-    return families[0], type(config).name, policy
+    return family, type(config).name, policy
 
 
 def main(

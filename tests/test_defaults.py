@@ -96,7 +96,8 @@ def test_the_script_that_chooses_makes_the_entry(method: str, family: str, scrip
 def test_what_cannot_be_chosen(script: Any, tmp_path: Path) -> None:
     report = ROOT / "benchmarks" / "caching-toy-sd-2x"
     for folder, name, words in (
-        (tmp_path, "deepcache", "result.json is not there"),
+        (tmp_path, "deepcache", "is not in the repository"),
+        (ROOT / "docs", "deepcache", "cannot read .*result.json: No such file"),
         (report, "deepcash", "has unpatched, .*found no 'deepcash'"),
         (report, "steps-10", "'steps-10' of .* is no timed setting of a method"),
         (report, "peer-deepcache", "unknown method .peer-deepcache."),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
@@ -48,6 +50,16 @@ def check(result: Result) -> Result:
     if not result.get("variants"):
         raise ConfigError("this result file has no variants")
     return result
+
+
+def read(file: Path) -> Result:
+    """The result of `evaluate` in a file. Raises ConfigError for a file that is none."""
+    try:
+        return check(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is no result: {error}") from error
 
 
 def label(metric: str, better: str | None = None) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .layout import NONE, Result, Table, check, escaped, figure, label, markdown_table, middle
+from .layout import NONE, Result, Table, check, escaped, figure, label, markdown_table, middle, read
 
 CONDITIONS = ("extractor", "weights_sha256", "resize", "reference", "n", "n_reference")  # of FID, KID
 INDEPENDENT = (
@@ -65,15 +64,7 @@ def compare(a: Result, b: Result, *, any_prompts: bool = False) -> str:
 
 def compare_files(a: Path, b: Path, *, any_prompts: bool = False) -> str:
     """`compare` of two `result.json`. Raises ConfigError also for files that are none."""
-    data = []
-    for file in (a, b):
-        try:
-            data.append(json.loads(file.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-        except ValueError as error:
-            raise ConfigError(f"{file} is no result: {error}") from error
-    return compare(*data, any_prompts=any_prompts)
+    return compare(read(a), read(b), any_prompts=any_prompts)
 
 
 def _compared(name: str, x: Result, y: Result, warnings: list[str]) -> Iterable[tuple[str, ...]]:

@@ -35,6 +35,9 @@ class PeerConfig(MethodConfig):
 
         Returns:
             What its state needs around each call of the denoiser.
+
+        Raises:
+            UnsupportedError: it does not run on this model. (What its package raises becomes one.)
         """
         raise NotImplementedError
 
@@ -44,12 +47,14 @@ _P = TypeVar("_P", bound=type[PeerConfig])
 
 
 def register(name: str, package: str, module: str) -> Callable[[_P], _P]:
-    def register(kind: _P) -> _P:
+    """A decorator: a peer's name as it is typed, and its package's for pip and for `import`."""
+
+    def add(kind: _P) -> _P:
         kind.name, kind.package, kind.module = name, package, module
         PEERS[name] = kind
         return kind
 
-    return register
+    return add
 
 
 def make_peer(name: str, options: Mapping[str, Any]) -> PeerConfig:

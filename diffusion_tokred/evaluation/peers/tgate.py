@@ -38,7 +38,8 @@ class PeerTGate(PeerConfig):
     warmup: int = option(2, "first steps, of which nothing is reused (warm_up)", low=0, high=1000)
 
     def kinds(self, steps: int) -> list[str]:
-        """What each step of a run does; only "full" ones compute all attention."""
+        """What each step of a run does, as the package's `tgate_scheduler` has it: "full" computes all attention, the
+        others reuse what self-attention gave, or cross-attention ("reuse self", "reuse cross"), or both ("reuse")."""
         found = []
         for i in range(steps):
             if i == self.gate - 1 or (i < self.gate and (i <= self.warmup or i % self.interval == 0)):
@@ -84,7 +85,8 @@ class PeerTGate(PeerConfig):
 
 
 def _on_half(inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call on the first half of the batch; what it gives, for both."""
+    """A call on the first half of the batch: tensors of (B, ...), also in dicts, go in as (B / 2, ...), and what comes
+    out is given for both halves, (B, ...)."""
     rows = next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim > 2)
 
     def half(x: Any) -> Any:
