@@ -289,7 +289,7 @@ def field_plot(data: Mapping[str, Any], path: str | os.PathLike[str] | io.BytesI
         raise ConfigError("no row has run: there is nothing to draw")
     tallest = max(len(rows) for _, rows in panels)
     figure = need("matplotlib.figure", "eval", "a plot").Figure(
-        figsize=(6.2 * len(panels), 1.6 + 0.28 * tallest), layout="constrained", facecolor=theme.paper
+        figsize=(6.2 * len(panels), 2.0 + 0.28 * tallest), layout="constrained", facecolor=theme.paper
     )
     for axes, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         rows = rows[::-1]
@@ -310,7 +310,10 @@ def field_plot(data: Mapping[str, Any], path: str | os.PathLike[str] | io.BytesI
         axes.set_xlabel(f"unpatched / row, {data['asked']['steps']} steps", color=theme.ink)
         axes.set_facecolor(theme.paper)
         axes.tick_params(colors=theme.ink)
-    figure.axes[0].legend(fontsize=8, loc="lower right")
+    handles, texts = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, texts, fontsize=8, loc="outside lower center", ncols=3 if len(panels) > 1 else 2, frameon=False
+    )
     figure.suptitle(data["asked"]["machine"], fontsize=9, color=theme.soft)
     if isinstance(path, io.BytesIO):
         figure.savefig(path, format="png", dpi=130)
