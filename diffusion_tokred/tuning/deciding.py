@@ -129,6 +129,28 @@ def winner(goal: Goal, some: Sequence[Entry]) -> Entry:
     return max(fast, key=lambda one: goal.value(one.composed, one.held))
 
 
+def of_both(second: Sequence[Entry], first: Sequence[Entry], least: float) -> tuple[list[Entry], Entry]:
+    """The entries of two searches that were timed in one race, and the winner of all. `least`: the measured speed from
+    which on one is fast enough. Of the best constant settings one is left, and of the random ones."""
+    found = list(second)
+    for one in first:
+        place = next((i for i, other in enumerate(found) if other.name == one.name), None)
+        if one.name.startswith("tuned"):
+            found.insert(0, replace(one, name="tuned-0"))
+        elif place is None:
+            found.append(one)
+        elif fastest_or_best([found[place], one], least) is one:
+            found[place] = one
+    return found, fastest_or_best(found, least)
+
+
+def fastest_or_best(some: Sequence[Entry], least: float) -> Entry:
+    """By measured speeds: the best on the held-out prompts of those fast enough, or the fastest if none is."""
+    able = [(one.speed["median"], one) for one in some if one.candidate is not None and one.speed is not None]
+    fast = [one for speed, one in able if speed >= least]
+    return max(fast, key=lambda one: one.held) if fast else max(able, key=lambda pair: pair[0])[1]
+
+
 def race(trials: Trials, some: Sequence[Entry], rounds: int) -> tuple[list[Entry], Timing]:
     """With measured speeds: all settings in alternating rounds with the unpatched pipeline."""
     different: dict[str, Variant] = {}

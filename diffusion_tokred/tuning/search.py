@@ -124,7 +124,8 @@ class Search:
         for turn in itertools.zip_longest(*groups):  # of each form the first, then of each the second
             for candidate in turn:
                 if candidate is not None:
-                    self.evaluate(candidate, self.bar)
+                    known = self.best_constant  # a first one is drawn whole, however far behind other settings it is
+                    self.evaluate(candidate, self.bar if known is not None and goal.fast(known.speed) else None)
         best = self.best_constant
         if best is None:
             return

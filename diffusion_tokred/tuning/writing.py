@@ -114,6 +114,8 @@ def _notes(found: Found, reached: bool, beyond: bool) -> list[str]:
         said.append(f"measured speed and the one composed from the costs of steps differ by {off:+.1%}")
     for composed in found.aimed:
         said.append(f"the first policy was slower than its costs said: the search aimed at a composed {composed:.2f}x")
+    if found.aimed and not goal.fast(best.composed):
+        said.append("timed once more, a setting of the first search was fast enough, and the nearest to the pictures")
     held = len(best.scores)
     if 0 < held < 20:
         said.append(f"{held} held-out prompts: intervals from fewer than 20 are too narrow")

@@ -124,6 +124,29 @@ def test_a_policy_that_is_slower_than_its_costs_say() -> None:
     assert any("differ by -16.7%" in note for note in found.notes)
 
 
+def test_a_first_timing_that_was_too_slow() -> None:
+    """The second search aims higher for it; timed once more, the setting of the first is fast enough, and the best."""
+    alone = tuned(Goal("psnr", speed=2.0))
+    found = tuned(Goal("psnr", speed=2.0), bench=ToyBench(slow=[1.2, 1.0]))
+    assert found.policy.points == alone.policy.points and found.config == alone.config
+    assert found.best["name"] == "tuned-0" and found.best["speedup"]["median"] == alone.best["speedup"]["median"]
+    assert sum("timed once more" in note for note in found.notes) == 1
+    timed = {one["name"]: one for one in found.data["entries"] if one["speedup"] is not None}
+    assert timed.keys() == {"tuned-0", "tuned-1", "constant", "random", "steps-3"}
+    assert timed["constant"]["composed"] == alone.best_constant["composed"]
+    assert timed["constant"]["paired"] == alone.best_constant["paired"]
+    verdicts = {one["against"]: one["verdict"] for one in found.data["verdicts"]}
+    assert verdicts["constant"] == "better" and verdicts["random"] == "the same"
+
+
+def test_nothing_fast_enough_when_timed() -> None:
+    """The fastest then, and it is said."""
+    found = tuned(Goal("psnr", speed=2.0), bench=ToyBench(slow=1.8))
+    speeds = [one["speedup"]["median"] for one in found.data["entries"] if one["setting"][0] not in "0123456789"
+              and one["speedup"] is not None]  # fmt: skip
+    assert found.best["speedup"]["median"] == max(speeds) < 2.0 * 0.97
+
+
 def same(found: Tuned) -> dict[str, Any]:
     data = dict(found.to_dict())
     for key in ("created", "env"):

@@ -66,13 +66,16 @@ def fastest(least: float) -> float:
 
 class ToyBench:
     """As `tuning.bench.Bench`. `slow`: how many times as slow timed calls are than the costs of steps say.
-    `stop`: after so many pictures Ctrl-C is pressed."""
+    A list of them: of each timing in turn. `stop`: after so many pictures Ctrl-C is pressed."""
 
     kinds = frozenset({"attention", "feed_forward", "stack"})
     blocks = 0
 
-    def __init__(self, slow: float = 1.0, stop: int | None = None, forms: Sequence[Form] = FORMS) -> None:
-        self.slow, self.stop, self.known, self.drawn = slow, stop, tuple(forms), 0
+    def __init__(
+        self, slow: float | Sequence[float] = 1.0, stop: int | None = None, forms: Sequence[Form] = FORMS
+    ) -> None:
+        self.slow = itertools.repeat(slow) if isinstance(slow, float) else iter(slow)
+        self.stop, self.known, self.drawn = stop, tuple(forms), 0
 
     def noise(self) -> list[float]:
         return list(US)
@@ -104,13 +107,13 @@ class ToyBench:
         return {"psnr": value if len(full) < STEPS else None, "modes": modes, "size": [8, 8]}
 
     def race(self, variants: Sequence[Variant], rounds: int) -> Timing:
-        seconds = {}
+        seconds, slow = {}, next(self.slow)
         for variant in variants:
             took = REST + STEPS * DENSE
             if variant.call:
                 took = REST + variant.call["num_inference_steps"] * DENSE
             elif variant.config is not None:
-                took = self.slow / speed(len(self._plan(variant)[1]), variant.config.name)
+                took = slow / speed(len(self._plan(variant)[1]), variant.config.name)
             seconds[variant.name] = (took,) * rounds
         return Timing(seconds, (REST + STEPS * DENSE,) * rounds)
 
