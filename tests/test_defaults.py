@@ -23,7 +23,7 @@ def test_which_there_are() -> None:
     assert SHIPPED and {family for _, family in SHIPPED} <= set(BACKBONES)
     stored = json.loads((ROOT / "diffusion_tokred" / "defaults.json").read_text())
     assert sorted(SHIPPED) == sorted((method, family) for family, methods in stored.items() for method in methods)
-    assert measured_default("tome", "unet") is None and measured_families("tome") == ()
+    assert measured_default("tome", "pixart") is None and measured_families("deepcache") == ("unet",)
 
 
 @pytest.mark.parametrize("method, family", SHIPPED)
@@ -72,9 +72,9 @@ def test_where_it_holds() -> None:
     for said in (dict(method="taylorseer", order=1), dict(config=tokred.TaylorSeerConfig())):
         other = tokred.explain(pipe, **said)
         assert other.config == tokred.TaylorSeerConfig().to_dict() and "Settings:" not in other.table()
-    elsewhere = tokred.explain(tiny.sd(), method="taylorseer")
+    elsewhere = tokred.explain(tiny.pixart(), method="taylorseer")
     assert elsewhere.config == tokred.TaylorSeerConfig().to_dict()
-    assert "Settings: no measured default for taylorseer on unet: the method's own" in elsewhere.table()
+    assert "Settings: no measured default for taylorseer on pixart: the method's own" in elsewhere.table()
 
 
 @pytest.fixture(scope="module")
