@@ -48,6 +48,9 @@ def main(
     whole: Annotated[
         int | None, typer.Option(min=0, help="Rounds of whole runs. By default none; with --pipeline as --rounds.")
     ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="With --pipeline: drawn with each row, and compared with the unpatched ones.")
+    ] = 12,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks. By default all; on a CPU few of a DiT's.")] = None,
     guidance: Annotated[
         bool | None, typer.Option(help="Two rows a call, as guidance has. By default on a GPU.")
@@ -71,7 +74,7 @@ def main(
         raise ConfigError(f"dtype is float32, bfloat16 or float16, got {dtype!r}")
     pipelines = pipeline or []
     settings = Settings(
-        steps, rounds, (rounds if pipelines else 0) if whole is None else whole,
+        steps, rounds, (rounds if pipelines else 0) if whole is None else whole, pictures if pipelines else 0,
         tuple(mode or (("eager", "compiled") if gpu else ("eager",))), getattr(torch, dtype), device, depth,
         gpu if guidance is None else guidance, backend,
     )  # fmt: skip

@@ -15,7 +15,10 @@ import torch
 
 from ..errors import ConfigError, StateError, UnsupportedError
 from ..extras import need
-from .field import Row, chosen_rows, site_kinds
+from ..zoo.scenes import evaluation_prompts
+from . import layout
+from .field import UNPATCHED, Row, chosen_rows, site_kinds
+from .field_quality import Pictures
 from .models import load_model
 from .plots import LIGHT, Theme
 from .results import environment, plain, result, to_json, version, write_text
@@ -42,6 +45,7 @@ class Settings:
         steps: of the run that is composed.
         rounds: of each row; at least 10 give an interval worth the name.
         whole: rounds in which whole runs are timed as well.
+        pictures: that embedded pipelines draw with each row, to compare them with the unpatched ones.
         modes: "eager", "compiled".
         dtype, device, depth, guidance: see `shapes.shape`.
         backend: of `torch.compile`.
@@ -50,6 +54,7 @@ class Settings:
     steps: int = 20
     rounds: int = 10
     whole: int = 0
+    pictures: int = 0
     modes: Sequence[str] = ("eager",)
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -58,7 +63,7 @@ class Settings:
     backend: str = "inductor"
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or self.rounds < 1 or self.whole < 0:
+        if self.steps < 2 or self.rounds < 1 or min(self.whole, self.pictures) < 0:
             raise ConfigError(f"a comparison needs 2 steps and a round, got {self.steps} and {self.rounds}")
         if wrong := [mode for mode in self.modes if mode not in ("eager", "compiled")]:
             raise ConfigError(f"a mode is eager or compiled, got {wrong[0]!r}")
@@ -67,7 +72,7 @@ class Settings:
         """What all rows of a file have in common."""
         return plain(
             dict(
-                steps=self.steps, rounds=self.rounds, whole=self.whole, dtype=str(self.dtype).removeprefix("torch."),
+                steps=self.steps, rounds=self.rounds, whole=self.whole, pictures=self.pictures, dtype=str(self.dtype).removeprefix("torch."),
                 device=self.device, depth=self.depth, guidance=self.guidance, backend=self.backend,
                 threads=torch.get_num_threads(), machine=environment(self.device)["device"],
                 versions={name: version(name) for name in ("diffusion-tokred", "torch", "diffusers", *PEERS)},
@@ -150,24 +155,34 @@ def compare_field(
         where: Shape | None = None
         for mode in settings.modes:
             bench: Bench | None = None
+            pictures: Pictures | None = None
             for row in chosen_rows(_family(name), rows):
                 if (found := notes.done(name, mode, row)) is None:
                     where = where or (_embedded(name, settings) if name in EMBEDDED else _real(name, settings))
                     if bench is None:
                         tell(f"{name}, {mode}: profiling the unpatched model", 0.0)
                         bench = _bench(where, settings, mode)
+                        if name in EMBEDDED and settings.pictures:
+                            prompts = evaluation_prompts(settings.pictures)
+                            pictures = Pictures(where.pipe, bench.part, where.call, settings.steps, prompts)
                     found = {"shape": name, "mode": mode, "model": _model(where)}
-                    found |= _measured(bench, row, settings, partial(_tell, tell, f"{name}, {mode}, {row.name}"))
+                    told = partial(_tell, tell, f"{name}, {mode}, {row.name}")
+                    found |= _measured(bench, row, settings, pictures, told)
                     notes.add(found)
                 if done is not None:
                     done(found)
     return notes.result()
 
 
-def _measured(bench: Bench, row: Row, settings: Settings, tell: Progress) -> dict[str, Any]:
+def _measured(bench: Bench, row: Row, settings: Settings, pictures: Pictures | None, tell: Progress) -> dict[str, Any]:
     """The row; or what it says where it does not run."""
     try:
-        return {"error": None} | measure(bench, row, settings.rounds, settings.whole, tell)
+        found = {"error": None} | measure(bench, row, settings.rounds, settings.whole, tell)
+        if pictures is None or row.name == UNPATCHED:
+            why = "unpatched" if pictures else "random weights, or no pictures asked for"
+            return found | {"quality": None, "why_null": found["why_null"] | {"quality": why}}
+        tell("drawing", 1.0)
+        return found | {"quality": pictures.quality(row)}
     except (ConfigError, UnsupportedError, StateError) as error:
         return row.to_dict() | {"error": str(error)}
     except Exception as error:  # another library's, or the compiler's: the other rows go on
@@ -240,7 +255,8 @@ def read(path: str | Path) -> dict[str, Any]:
     return data
 
 
-HEAD = ("row", "kept", "steps", "FLOP ratio", "time ratio", "S*", "φ", "step between", "kernels", "graphs", "peak GB")
+HEAD = ("row", "kept", "steps", "FLOP ratio", "time ratio", "S*", "φ", "step between", "kernels", "graphs", "peak GB",
+        "PSNR")  # fmt: skip
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -261,6 +277,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         _number(row["kernels_per_step"], ".0f"),
         "-" if row["graphs"] is None else f"{row['graphs']} ({row['graph_breaks']} breaks)",
         "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
+        "-" if not row.get("quality") else layout.figure(row["quality"]["psnr"]),
     )
 
 

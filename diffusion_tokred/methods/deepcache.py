@@ -85,7 +85,8 @@ class DeepCache(CacheMethod):
             return y
         kept = slot.factors if mode == "forecast" else slot.factors[:1]
         call.note(lambda: _states(call, len(kept[0]), 3 if mode == "forecast" else 2))
-        return extrapolate([part.to(slot.dtype) for part in kept], gap * self.config.damping)
+        found = extrapolate([part.to(slot.dtype) for part in kept], gap * self.config.damping)
+        return found.clone() if found is kept[0] else found  # others may write into it
 
 
 def _states(call: PairCall, batch: int, state: int) -> Tensor:

@@ -115,13 +115,14 @@ class DeepPart(Wrapper):
             hidden = out if isinstance(out, Tensor) else out[0]
             slot.out = _stand_in(out, hidden.new_zeros(()))
             if self.method is not None:
-                # A copy, here and below: FreeU and T2I-Adapters write into what a module has returned.
+                # A copy: FreeU and T2I-Adapters write into what a module has returned.
                 self.method.leave(PairCall(site), hidden.clone())
             return out
         if slot.out is None:
             raise StateError(f"{site.name}: nothing is kept of this run, its full step was broken off: begin a new run")
         hidden, *rest = (slot.out,) if isinstance(slot.out, Tensor) else slot.out
-        hidden = (hidden if self.method is None else self.method.leave(PairCall(site), None)).clone()
+        # Written into, too, but of a stand-in nothing is ever used: filling it would be a good part of such a step.
+        hidden = hidden.new_empty(hidden.shape) if self.method is None else self.method.leave(PairCall(site), None)
         return (hidden, *rest) if isinstance(slot.out, tuple) else hidden
 
 
