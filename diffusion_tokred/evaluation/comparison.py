@@ -72,7 +72,8 @@ class Settings:
         """What all rows of a file have in common."""
         return plain(
             dict(
-                steps=self.steps, rounds=self.rounds, whole=self.whole, pictures=self.pictures, dtype=str(self.dtype).removeprefix("torch."),
+                steps=self.steps, rounds=self.rounds, whole=self.whole, pictures=self.pictures,
+                dtype=str(self.dtype).removeprefix("torch."),
                 device=self.device, depth=self.depth, guidance=self.guidance, backend=self.backend,
                 threads=torch.get_num_threads(), machine=environment(self.device)["device"],
                 versions={name: version(name) for name in ("diffusion-tokred", "torch", "diffusers", *PEERS)},
