@@ -139,12 +139,12 @@ def of_both(second: Sequence[Entry], first: Sequence[Entry], least: float) -> tu
             found.insert(0, replace(one, name="tuned-0"))
         elif place is None:
             found.append(one)
-        elif fastest_or_best([found[place], one], least) is one:
+        elif best_timed([found[place], one], least) is one:
             found[place] = one
-    return found, fastest_or_best(found, least)
+    return found, best_timed(found, least)
 
 
-def fastest_or_best(some: Sequence[Entry], least: float) -> Entry:
+def best_timed(some: Sequence[Entry], least: float) -> Entry:
     """By measured speeds: the best on the held-out prompts of those fast enough, or the fastest if none is."""
     able = [(one.speed["median"], one) for one in some if one.candidate is not None and one.speed is not None]
     fast = [one for speed, one in able if speed >= least]

@@ -115,7 +115,7 @@ def _notes(found: Found, reached: bool, beyond: bool) -> list[str]:
     for composed in found.aimed:
         said.append(f"the first policy was slower than its costs said: the search aimed at a composed {composed:.2f}x")
     if found.aimed and not goal.fast(best.composed):
-        said.append("timed once more, a setting of the first search was fast enough, and the nearest to the pictures")
+        said.append("timed once more beside those of the second search, a setting of the first was the best")
     held = len(best.scores)
     if 0 < held < 20:
         said.append(f"{held} held-out prompts: intervals from fewer than 20 are too narrow")
