@@ -13,6 +13,7 @@ ordinary fp16 diffusers folder; a finished run does so by itself. Nothing of the
 gradients are averaged. The recipes are in scripts/recipes/, one file a model.
 """
 
+import atexit
 import json
 import os
 import random
@@ -66,6 +67,7 @@ class Run:
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self.processes = PartialState(cpu=self.device == "cpu")
+        atexit.register(self.processes.destroy_process_group)  # gloo's threads abort in a half-gone interpreter
         self.clock = time.process_time if self.device == "cpu" else time.perf_counter
         modules = self.recipe.modules.train().to(self.device)
         self.parameters = dict(modules.named_parameters())

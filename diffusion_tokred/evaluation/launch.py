@@ -9,6 +9,7 @@ work twice: both are refused, with the right command.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import sys
@@ -31,7 +32,7 @@ class SharedError(ConfigError):
     """An error that all processes raise: one of them says it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
     """This process among the others.
 
@@ -71,6 +72,16 @@ class Processes:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
+    def leave(self, others: bool = False) -> None:
+        """Destroy the group, and with `others` every group of this process, while the interpreter is still whole.
+
+        Gloo's threads may hold tensors after the last message; if these are let go when the interpreter is being taken
+        down, the process aborts ("terminate called without an active exception"). The last reference must go too.
+        """
+        group, self.group = self.group, None
+        if group is not None and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(None if others else group)
+
 
 def start(device: torch.device | str = "cpu") -> Processes:
     """Join the other processes that the launcher started, through accelerate.
@@ -87,7 +98,8 @@ def start(device: torch.device | str = "cpu") -> Processes:
     asked = max(_number(name) or 1 for name in _COUNTS)
     script = os.path.basename(sys.argv[0]) or "generate.py"
     command = f"torchrun --nproc-per-node {asked} {script} ..." if cpu else f"accelerate launch {script} ..."
-    if PartialState._shared_state == {}:
+    first = PartialState._shared_state == {}
+    if first:
         if _only_one():
             raise ConfigError(
                 "`accelerate launch --cpu` starts one process, whatever --num_processes says: several on the CPU are"
@@ -113,7 +125,9 @@ def start(device: torch.device | str = "cpu") -> Processes:
         return Processes()
     # Accelerate's own group may be NCCL's, and gives up after minutes: this one moves plain objects, and waits.
     group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST)
-    return Processes(state.process_index, state.num_processes, None if cpu else state.device, group)
+    processes = Processes(state.process_index, state.num_processes, None if cpu else state.device, group)
+    atexit.register(processes.leave, others=first)
+    return processes
 
 
 def _number(name: str) -> int | None:

@@ -123,6 +123,27 @@ def workers(out: Path) -> list[int]:
     return found
 
 
+# Ends while gloo's threads hold messages: what an end right after the last message is now and then.
+ENDS_AT_ONCE = """
+import torch
+from diffusion_tokred.evaluation import launch
+
+processes = launch.start("cpu")
+for _ in range(20):
+    received = [torch.zeros(1 << 18) for _ in range(2)]
+    torch.distributed.all_gather(received, received[0] + 1, group=processes.group, async_op=True)
+print("ends")
+"""
+
+
+def test_processes_leave_their_group_before_they_end(tmp_path):
+    """Else some of them abort ("terminate called without an active exception"), with all of the work done."""
+    file = tmp_path / "ends.py"
+    file.write_text(ENDS_AT_ONCE)
+    done = subprocess.run([sys.executable, *TWO, str(file)], env=ENV, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ends\nends\n"), done.stderr
+
+
 def test_nodes_that_do_not_see_each_other(tmp_path, pipe):
     with pytest.raises(ConfigError, match=r"5 pictures that were drawn are not in .*: do all nodes see the same"):
         draw(tmp_path / "a", pipe, processes=launch.Processes(rank=0, world=2))
