@@ -49,6 +49,8 @@ class Settings:
         modes: "eager", "compiled".
         dtype, device, depth, guidance: see `shapes.shape`.
         backend: of `torch.compile`.
+        keeps_memory: whether freed memory stays with the process (`measure.machine.keep_freed_memory`, which the caller
+            has called): times of a CPU's small models depend on it.
     """
 
     steps: int = 20
@@ -61,6 +63,7 @@ class Settings:
     depth: int | None = None
     guidance: bool = False
     backend: str = "inductor"
+    keeps_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 2 or self.rounds < 1 or min(self.whole, self.pictures) < 0:
@@ -75,6 +78,7 @@ class Settings:
                 steps=self.steps, rounds=self.rounds, whole=self.whole, pictures=self.pictures,
                 dtype=str(self.dtype).removeprefix("torch."),
                 device=self.device, depth=self.depth, guidance=self.guidance, backend=self.backend,
+                keeps_memory=self.keeps_memory,
                 threads=torch.get_num_threads(), machine=environment(self.device)["device"],
                 versions={name: version(name) for name in ("diffusion-tokred", "torch", "diffusers", *PEERS)},
             )
@@ -182,12 +186,23 @@ def _measured(bench: Bench, row: Row, settings: Settings, pictures: Pictures | N
         if pictures is None or row.name == UNPATCHED:
             why = "unpatched" if pictures else "random weights, or no pictures asked for"
             return found | {"quality": None, "why_null": found["why_null"] | {"quality": why}}
-        tell("drawing", 1.0)
-        return found | {"quality": pictures.quality(row)}
     except (ConfigError, UnsupportedError, StateError) as error:
         return row.to_dict() | {"error": str(error)}
     except Exception as error:  # another library's, or the compiler's: the other rows go on
-        return row.to_dict() | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        return row.to_dict() | {"error": _said(error)}
+    try:
+        tell("drawing", 1.0)
+        return found | {"quality": pictures.quality(row)}
+    except Exception as error:  # its times hold
+        return found | {
+            "quality": None,
+            "quality_error": (said := _said(error)),
+            "why_null": found["why_null"] | {"quality": said},
+        }
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _tell(tell: Progress, where: str, what: str, share: float) -> None:

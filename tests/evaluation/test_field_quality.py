@@ -63,6 +63,21 @@ def test_embedded_pipelines_have_a_quality_beside_each_time(tmp_path: Any) -> No
     assert comparison.cells(plain)[-1] == "-" and data["asked"]["pictures"] == 2
 
 
+def test_times_are_kept_if_drawing_fails(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchmetrics")
+
+    def fails(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Pictures, "quality", fails)
+    settings = Settings(steps=4, rounds=1, pictures=2)
+    data = compare_field([], ["todo"], settings, pipelines=["toy-sd"], out=tmp_path / "a.json")
+    assert data["rows"][1]["error"] is None and data["rows"][1]["quality_error"] == "OSError: no space left"
+    monkeypatch.setattr(comparison, "measure", fails)
+    again = compare_field([], ["todo"], settings, pipelines=["toy-sd"], out=tmp_path / "a.json")
+    assert again["rows"] == json.loads((tmp_path / "a.json").read_text())["rows"]
+
+
 def test_shapes_of_random_weights_have_none() -> None:
     (_, tome) = compare_field(["tiny-sd3-64"], ["tome"], Settings(steps=4, rounds=1, pictures=2))["rows"]
     assert tome["quality"] is None and tome["why_null"]["quality"].startswith("random weights")
