@@ -77,7 +77,7 @@ class Driver:
         self.decided, self.decider = ("full", 0.0), 0  # mode and ratio of the step, and the level that they are of
         self.spared: dict[int, tuple[float, float]] = {}  # level -> ratio asked for, and at most done: of this step
         self._tokens = TokenRecord()
-        self._counts: dict[tuple[Any, ...], tuple[int, int, int, int]] = {}
+        self._counts: dict[tuple[Any, ...], tuple[str, float, int, int, int, int]] = {}
         self._started, self._told = 0.0, False
         self._thread: int | None = None  # the one whose step is on
 
@@ -353,19 +353,18 @@ class Driver:
     def _record(self, info: StepInfo, inputs: dict[str, Any], seconds: float | None) -> StepRecord:
         plans = tuple((s.plan.mode, s.plan.text, s.leader and s.plan.refresh) for s in self.sites)
         size = (*self.backbone.size(self.layout, inputs), info.batch, self.backbone.text(self.denoiser, inputs))
-        key = (size, plans)
+        seen = tuple(level.grid for level in self.levels)
+        key = (size, seen, plans, self.decider, self.decided)
         if key not in self._counts:
-            self._counts[key] = self._count(*size)
-        total, computed, flops, dense = self._counts[key]
-        return StepRecord(
-            info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma,
-            *self.shown(self._grids(*size[:2])),
-            total, computed, flops, dense, seconds,
-        )  # fmt: skip
+            grids = self._grids(*size[:2])
+            self._counts[key] = (*self.shown(grids), *self._count(*size, grids))
+        where = info.run, info.index, info.total, info.pass_key, info.u, info.log_snr, info.sigma
+        return StepRecord(*where, *self._counts[key], seconds)
 
-    def _count(self, height: int, width: int, batch: int, text: int) -> tuple[int, int, int, int]:
+    def _count(
+        self, height: int, width: int, batch: int, text: int, grids: dict[int, tuple[int, int]]
+    ) -> tuple[int, int, int, int]:
         """Tokens and FLOPs of the step: total and computed, reduced and dense."""
-        grids = self._grids(height, width)
         work = self.method.works(self.sites, grids)
         total = sum(grids[site.level.index][0] * grids[site.level.index][1] for site in self.sites)
         computed = total

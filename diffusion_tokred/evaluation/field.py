@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..backbones import backbone_of
 from ..errors import ConfigError, UnsupportedError
-from ..methods import MethodConfig, make_method
+from ..methods import Method, MethodConfig, make_method
 from ..methods.base import option
 from ..patching import denoisers, patched
 from ..ruling import rule_of
@@ -153,7 +153,7 @@ class Row:
 
     def schedule(self, kinds: Collection[str], steps: int) -> list[str]:
         """What each step of a run is: "full", or a mode of ours, or `KEPT`. A step that makes the plan (a matching, a
-        grid) of the steps after it is a kind of its own: "reduce, plan"."""
+        grid, clusters) of the steps after it is a kind of its own: "reduce, plan"."""
         if self.config is not None:
             return planned(self.whole(steps).config, kinds, steps)
         if self.peer is None:
@@ -193,7 +193,7 @@ def planned(config: MethodConfig | None, kinds: Collection[str], steps: int) -> 
         clock.arrive(index, u)
         mode, _ = method.step(clock, index, steps, *policy.at(u))
         clock.turn(index, mode)
-        if mode != "full" and method.every > 1 and (made is None or index - made >= method.every):
+        if mode != "full" and _plans(method, made, index, after_full=found[-1:] == ["full"]):
             made, mode = index, f"{mode}, plan"
         found.append(mode)
     return found
@@ -268,3 +268,10 @@ def site_kinds(pipe: Any) -> set[str]:
     model = denoisers(pipe)[0]
     layout = backbone_of(model).layout(model)
     return {site.kind for site in (*layout.pairs, *layout.sites)}
+
+
+def _plans(method: Method, made: int | None, index: int, after_full: bool) -> bool:
+    """Whether a step, not a full one, makes what the steps after it go by. `made`: the last one that did."""
+    if made is None:
+        return method.every > 1 or bool(method.plans_for)
+    return (method.every > 1 and index - made >= method.every) or (method.plans_for == "interval" and after_full)

@@ -114,6 +114,8 @@ class Method:
         modes: modes that a policy may ask of it.
         watches_input: True if it reads `block.input`.
         every: what it keeps in a level's memory is made anew after this many steps; 0 or 1: at every step.
+        plans_for: "run" if its first step that is not full makes what the rest of the run goes by, "interval" if the
+            first one after each full step does until the next: such a step takes longer than those that follow.
         ties: True if the halves of a guidance pair share what is chosen by what one of them, or both, compute.
         shares_rows: True if all pictures of a batch have the same tokens computed.
         shares_passes: True if the passes of a step (conditional, unconditional) share the level's memory.
@@ -138,6 +140,7 @@ class Method:
     modes: tuple[str, ...] = ("full", "reduce")
     watches_input: ClassVar[bool] = False
     every: int = 1
+    plans_for: ClassVar[str] = ""
     ties: bool = False
     shares_rows: bool = False
     shares_passes: bool = False

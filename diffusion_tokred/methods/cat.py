@@ -51,6 +51,7 @@ class Clusters(CacheMethod):
 
     paper = "CAT Pruning: Cluster-Aware Token Pruning For Text-to-Image Diffusion Models, arXiv 2502.00433"
     watches_output = True
+    plans_for = "run"
     heeds = CHOICE
     config: CATConfig
 

@@ -48,6 +48,7 @@ class ClusCa(ModuleTaylorSeer):
     paper = "Compute Only 16 Tokens in One Timestep: Cluster-Driven Feature Caching, arXiv 2509.10312"
     deaf = "tokens are drawn, one of each cluster, and its attention is forecast whole"
     ties = True
+    plans_for = "interval"
     config: ClusCaConfig
 
     def begin(self, family: str, sites: Sequence[Site]) -> None:

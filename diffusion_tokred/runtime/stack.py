@@ -50,18 +50,14 @@ class StackCall(PairCall):
     Attributes:
         x: (B, N, C), the image tokens before the first block.
         at: (M,) or (B, M) int64, which of them are computed; None for all.
+        entered: (B, M, C), these tokens, as they go in.
         after: (B, N, C), the image tokens after the blocks that run in any case (see `StackSite.divide`).
     """
 
     def __init__(self, site: StackSite, x: Tensor) -> None:
         super().__init__(site)
-        self.x = self.after = x
+        self.x = self.entered = self.after = x
         self.at: Tensor | None = None
-
-    @property
-    def entered(self) -> Tensor:
-        """(B, M, C), the tokens that went in."""
-        return self.x if self.at is None else rows_at(self.x, self.at)
 
 
 class StackSite(Site):
@@ -174,7 +170,8 @@ class StackSite(Site):
 
     def open(self, method: Any, kwargs: dict[str, Any], joint: bool) -> None:
         """At the first block: what goes in, and how the rest of the call follows it."""
-        rows = kwargs[self.argument]
+        # Patch embeddings hand on a view of an image, channels first: rows of that are slow to take and to add.
+        rows = kwargs[self.argument] = kwargs[self.argument].contiguous()
         x = self.level.image(rows, self.level.start if joint else 0)
         grid = self.level.grid
         if grid is None or x.shape[1] != grid[0] * grid[1]:
@@ -182,6 +179,7 @@ class StackSite(Site):
         self.call = StackCall(self, x)
         self.call.at = method.enter(self.call)
         if self.call.at is not None:
+            self.call.entered = rows_at(x, self.call.at)
             self.changes = self.follow(kwargs, x, rows, self.call.at)
             self.level.at = self.call.at
 

@@ -100,6 +100,24 @@ def test_our_schedules_are_what_runs_do(benches: dict[str, Bench], name: str) ->
         count(bench, row, 10, ["skip"] * 10)
 
 
+@pytest.mark.parametrize(
+    "text, clustered", [("cat:warmup=3,min_steps=0", {3}), ("clusca:interval=3,warmup=3", {3, 6, 9})]
+)
+def test_steps_that_cluster_are_told_apart(benches: dict[str, Bench], text: str, clustered: set[int]) -> None:
+    """By their kernels: tens more than in the steps that go by the same clusters."""
+    bench = benches["tiny-sd3-128"]
+    (_, row) = chosen_rows("sd3", [text])
+    found = count(bench, row, 12, row.schedule(bench.kinds, 12))
+    assert {i for i, kind in enumerate(found.kinds) if kind.endswith(", plan")} == clustered
+    kernels = {
+        part.kernels: kind.endswith(", plan")
+        for kind, part in zip(found.kinds, found.parts, strict=True)
+        if kind != "full"
+    }
+    assert min(k for k, first in kernels.items() if first) > 50 + max(k for k, first in kernels.items() if not first)
+    assert set(count(bench, *row.probe(bench.kinds, 12)).kinds) == set(found.kinds)
+
+
 @pytest.mark.parametrize("where, name", [(where, name) for where, names in THEIRS.items() for name in names])
 def test_their_schedules_are_what_runs_do(benches: dict[str, Bench], where: str, name: str) -> None:
     """By the FLOPs of each step."""
