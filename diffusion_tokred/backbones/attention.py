@@ -310,6 +310,10 @@ class SelfAttention(TappedSite):
         return Weights(query=macs(a.to_q, a.to_out), key=macs(a.to_k, a.to_v), core=2 * a.inner_dim)
 
 
+# What cross-attentions project the prompt by; the last are those of fused projections, and of Wan's pictures.
+_OF_THE_TEXT = ("to_k", "to_v", "to_kv", "add_k_proj", "add_v_proj", "to_added_kv")
+
+
 class CrossAttention(Site):
     """Image tokens ask, the prompt answers."""
 
@@ -333,6 +337,10 @@ class CrossAttention(Site):
     def weights(self) -> Weights:
         a = self.module
         return Weights(query=macs(a.to_q, a.to_out), text=macs(a.to_k, a.to_v), core=2 * a.inner_dim, text_is="keys")
+
+    def of_the_text(self) -> dict[str, nn.Module]:
+        found = {name: getattr(self.module, name, None) for name in _OF_THE_TEXT}
+        return {f"{self.name}.{name}": module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
 def basic_sites(block: Block, level: Level) -> list[Site]:

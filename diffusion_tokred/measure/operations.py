@@ -86,7 +86,8 @@ def _site(
     ends = sum(layer.in_features + layer.out_features for layer in layers) / whole  # values in and out, a multiply-add
     width = math.sqrt(whole / max(len(layers), 1))  # of a typical layer
     hidden = 0.0
-    for rows, cost in ((work.queries, weights.query), (work.projected, weights.key), (text, weights.text)):
+    projected = 0 if work.text_kept else text
+    for rows, cost in ((work.queries, weights.query), (work.projected, weights.key), (projected, weights.text)):
         if rows * cost:
             rows *= batch
             moved = (rows * cost * ends + cost) * itemsize

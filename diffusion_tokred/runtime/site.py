@@ -262,6 +262,10 @@ class Site:
         """The modules inside of it."""
         yield from self.module.modules()
 
+    def of_the_text(self) -> dict[str, nn.Module]:
+        """Modules, by path, that are handed nothing but the prompt, which is the same at each step of a run."""
+        return {}
+
     def slots(self) -> dict[str, Slot]:
         """Empty slots for what is kept here, by name of the site."""
         return {self.name: Slot()}

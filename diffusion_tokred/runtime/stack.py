@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import StateError, UnsupportedError
 from ..tokens.select import rows_at
 from .ledger import Wrapper
-from .rows import Cache, Out
+from .rows import Cache, Out, packed
 from .site import Block, Call, Leaf, Level, Site
 from .store import Slot
 from .work import Weights
@@ -117,7 +117,12 @@ class StackSite(Site):
         if self.packs:
             for site in self.attentions:
                 found.append(Leaf(site, attend))
+            found += [TextRows(self, name, module) for name, module in self._of_the_text()]
         return found
+
+    def _of_the_text(self) -> Iterator[tuple[str, nn.Module]]:
+        for site in self.inner:
+            yield from site.of_the_text().items()
 
     def refusal(self, needs: frozenset[str]) -> str | None:
         if "pack" not in needs:
@@ -161,7 +166,7 @@ class StackSite(Site):
         for site in self.attentions if self.packs else ():
             found[site.name] = Slot()
             found[site.name].cache = Cache(dtype=self.store)
-        return found
+        return found | {name: Slot() for name, _ in (self._of_the_text() if self.packs else ())}
 
     def weights(self) -> Weights:
         return Weights(query=0)  # all that it computes is its inner sites'
@@ -228,6 +233,27 @@ def attend(call: Call) -> Out:
     out = call.compute(kv=cache)
     cache.at = None  # of this step, not to be kept
     return out
+
+
+class TextRows(Wrapper):
+    """A module of a stack that is handed the prompt: what it makes of it at a full step serves until the next."""
+
+    def __init__(self, site: StackSite, name: str, module: nn.Module) -> None:
+        super().__init__(module)
+        self.site, self.name = site, name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.retire(args, kwargs)
+        plan, level = self.site.plan, self.site.level
+        if plan.idle or not level.running:
+            return self.base(*args, **kwargs)
+        slot = level.memory.slots[self.name]
+        if plan.mode == "full":
+            out = self.base(*args, **kwargs)
+            slot.out, slot.dtype = packed(out, self.site.store), out.dtype
+            return out
+        return self.base(*args, **kwargs) if slot.out is None else slot.out.to(slot.dtype)
 
 
 class StackBlock(Wrapper):

@@ -12,16 +12,17 @@ class Work:
 
     `extra`: multiply-adds a sample that the method itself spends at the site, such as on matching. `projected`: of how
     many rows keys are computed, where the others are kept. `text`: False if the text rows are not computed either.
-    `attends`: False if rows are projected, but what they attend to is kept.
+    `attends`: False if rows are projected, but what they attend to is kept. `text_kept`: True if rows attend to the
+    text by keys and values of it that are kept.
     """
 
     def __init__(
         self, queries: int, keys: int | None = None, extra: int = 0, projected: int | None = None, text: bool = True,
-        attends: bool = True,
+        attends: bool = True, text_kept: bool = False,
     ) -> None:  # fmt: skip
         self.queries, self.keys, self.extra = queries, queries if keys is None else keys, extra
         self.projected = self.keys if projected is None else projected
-        self.text, self.attends = text, attends
+        self.text, self.attends, self.text_kept = text, attends, text_kept
 
 
 class Weights:
@@ -42,7 +43,7 @@ class Weights:
         else:
             pairs = work.queries * (text if self.text_is == "keys" else work.keys)
         pairs = pairs if work.attends else 0
-        rows = work.queries * self.query + work.projected * self.key + text * self.text
+        rows = work.queries * self.query + work.projected * self.key + (0 if work.text_kept else text * self.text)
         return 2 * batch * (rows + pairs * self.core)
 
 
