@@ -35,7 +35,7 @@ class Parts:
     Attributes:
         seconds: of each module itself, without the modules and cores inside it. "" is the model.
         work: elements that a module was handed; of a core, those of its queries times the number of keys. What was
-            called and did nothing, since no module inside of it ran, is left out.
+            called and did nothing, since no module inside of it ran, or no kernel if kernels are counted, is left out.
         kernels, flops: of the whole call, as `KernelCounter` counts them; 0 if it did not.
     """
 
@@ -93,6 +93,7 @@ class _Running:
     name: str
     work: float
     start: Any
+    kernels: int
     inner: list[tuple[Any, Any]] = field(default_factory=list)  # spans of the modules and cores in it
     works: bool = False  # itself, or a module or core in it
 
@@ -124,7 +125,8 @@ class Watch:
         self._attention = _Attention(self)
         self._handles = []
         for name, module in self.model.named_modules():
-            begin, end = self._hooks(name, leaf=next(module.children(), None) is None)
+            leaf = next(module.children(), None) is None
+            begin, end = self._hooks(name, leaf, weights=leaf and next(module.parameters(), None) is not None)
             self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(end))
         self._attention.__enter__()
@@ -135,19 +137,22 @@ class Watch:
         for handle in self._handles:
             handle.remove()
 
-    def _hooks(self, name: str, leaf: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _hooks(self, name: str, leaf: bool, weights: bool) -> tuple[Callable[..., None], Callable[..., None]]:
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             if not name:
                 self._stack.clear()  # an exception broke the last call off
                 self._spans.clear()
                 self._work.clear()
                 self._before = self._counted()
-            self._stack.append(_Running(name, _elements((*args, *kwargs.values())), self.clock.mark(), works=leaf))
+            work, kernels = _elements((*args, *kwargs.values())), self._counted()[0]
+            self._stack.append(_Running(name, work, self.clock.mark(), kernels, works=leaf))
 
         def end(module: nn.Module, args: Any, output: Any) -> None:
             running = self._stack.pop()
             span = running.start, self.clock.mark()
             self._spans.append((name, *span, running.inner))
+            if weights and self.counter is not None:  # it may be given what it made before
+                running.works = self.counter.count > running.kernels
             if running.works:
                 self._work[name] = self._work.get(name, 0.0) + running.work
             if self._stack:

@@ -193,6 +193,18 @@ def test_what_is_called_and_does_nothing_has_no_work(whole: tuple[Whole, Tensor]
     assert watch.calls[0].work.keys() == {"", " core", "ff"}
 
 
+def test_a_layer_that_gives_back_what_it_made_before_has_no_work() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4))
+    x, counter = torch.zeros(1, 8, 4), KernelCounter()
+    with Watch(model, counter=counter) as watch, counter:
+        model(x)
+        model[0].forward = lambda _: x  # type: ignore[method-assign]
+        model(x)
+    assert [set(call.work) for call in watch.calls] == [{"", "0", "1", "2"}, {"", "1", "2"}]
+    dense = Parts({"0": 3.0, "2": 1.0}, watch.calls[0].work)
+    assert ideal(dense, watch.calls[1]) == 4
+
+
 def test_a_broken_call_leaves_nothing(whole: tuple[Whole, Tensor]) -> None:
     model, x = whole
     with Watch(model) as watch:

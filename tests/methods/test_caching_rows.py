@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion_tokred as tokred
-from diffusion_tokred.testing import tiny
-from tests.contract.helpers import PIPES
+from diffusion_tokred.backbones.attention import CrossAttention
+from diffusion_tokred.testing import families, tiny
+from tests.contract.helpers import PIPES, same
 from tests.methods.caches import CACHES, KINDS, PACKED, modes, options, patched
 
 SIDES: dict[str, Any] = {"dit": {}}  # square pictures only
@@ -65,6 +66,47 @@ def test_packed_rows(name, kind, dense):
     assert calls[0] == calls[1] == rows
     assert calls[2] == kept(rows, n, m)
     assert calls[3] == ({} if name == "duca" else calls[2])  # a reusing step: no layer of any block
+
+
+def projections(pipe):
+    """For each denoiser call, how often the prompt was projected to keys and values. Before a patch."""
+    model, calls = tiny.denoiser(pipe), []
+    model.register_forward_pre_hook(lambda module, args: calls.append(0))
+
+    def seen(inner):
+        def forward(*args):
+            calls[-1] += 1
+            return inner(*args)
+
+        return forward
+
+    for name, layer in model.named_modules():
+        if name.endswith((".attn2.to_k", ".attn2.to_v")):
+            layer.forward = seen(layer.forward)
+    return calls
+
+
+@pytest.mark.parametrize("build", [PIPES["pixart"], families.wan])
+@pytest.mark.parametrize("name", PACKED)
+def test_the_prompt_is_projected_at_full_steps(name, build, monkeypatch):
+    """And to the same picture, bit by bit, as if it were projected at each; the next prompt is another."""
+    again = build()
+    monkeypatch.setattr(CrossAttention, "of_the_text", lambda self: {})
+    tokred.patch(again, **options(name, interval=3, warmup=2))
+    wanted = [tiny.run(again, steps=5, seed=seed, batch=2) for seed in (0, 1)]
+    monkeypatch.undo()
+
+    pipe = build()
+    calls = projections(pipe)
+    tokred.patch(pipe, **options(name, interval=3, warmup=2))
+    found = [tiny.run(pipe, steps=5, seed=seed, batch=2) for seed in (0, 1)]
+    assert all(same(a, b) for a, b in zip(found, wanted, strict=True)) and not same(*found)
+    last = [step.mode for step in tokred.report(pipe).steps]
+    assert calls[len(last) :] == [calls[0] if mode == "full" else 0 for mode in last] and calls[0] > 0
+    tokred.unpatch(pipe)
+    calls.clear()
+    tiny.run(pipe, steps=2)
+    assert 0 not in calls
 
 
 @pytest.mark.parametrize("kind", KINDS)
