@@ -234,6 +234,16 @@ def test_rounds_and_what_they_come_to(faked: tuple[Clock, Bench]) -> None:
     assert found["why_null"]["graphs"] == "not compiled"
 
 
+def test_long_steps_of_the_unpatched_model_are_timed_once(
+    faked: tuple[Clock, Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, bench = faked
+    monkeypatch.setattr(step_kinds, "LONG", 1.0)
+    found = measure(bench, Fake("fake"), rounds=3)
+    assert clock.log == "bb" * 2 + "aa" * 2 + ("a" + "bb" + "bb" + "a") * 3
+    assert found["ratio"]["median"] == pytest.approx(20 * 2 / (5 * 3 + 15 * 0.5))
+
+
 def test_whole_runs_are_held_against_what_is_composed(faked: tuple[Clock, Bench]) -> None:
     _, bench = faked
     found = measure(bench, Fake("fake", config=default_rows("sd3")["tome"].config), rounds=2, whole=2)["whole"]
