@@ -37,6 +37,15 @@ def packed(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return (x.clamp(-65504, 65504) if dtype == torch.float16 else x).to(dtype)
 
 
+def row_by_row(x: Tensor) -> Tensor:
+    """Tokens (B, N, C), contiguous. Patch embeddings hand on a view of an image, channels first, whose rows are slow to
+    take and to add."""
+    if x.is_contiguous() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.contiguous()
+    # PyTorch's own copy is fifteen times slower, but for matrices.
+    return torch.stack([sample.contiguous() for sample in x.unbind()])
+
+
 class Cache:
     """Keys and values of all tokens, of which this call renews the rows `at` in place (CAT, RAS, packed stacks).
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import StateError, UnsupportedError
 from ..tokens.select import rows_at
 from .ledger import Wrapper
-from .rows import Cache, Out, packed
+from .rows import Cache, Out, packed, row_by_row
 from .site import Block, Call, Leaf, Level, Site
 from .store import Slot
 from .work import Weights
@@ -175,8 +175,7 @@ class StackSite(Site):
 
     def open(self, method: Any, kwargs: dict[str, Any], joint: bool) -> None:
         """At the first block: what goes in, and how the rest of the call follows it."""
-        # Patch embeddings hand on a view of an image, channels first: rows of that are slow to take and to add.
-        rows = kwargs[self.argument] = kwargs[self.argument].contiguous()
+        rows = kwargs[self.argument] = row_by_row(kwargs[self.argument])
         x = self.level.image(rows, self.level.start if joint else 0)
         grid = self.level.grid
         if grid is None or x.shape[1] != grid[0] * grid[1]:
