@@ -39,7 +39,7 @@ class UNet(Backbone):
         used = {site.level.index for site in sites}
         pairs = []
         if sites and (cuts := _cuts(denoiser, top)):
-            pairs.append(DeepSite(names[cuts[-1].modules[0]], cuts, levels[0], sites))
+            pairs.append(DeepSite(names[cuts[-1].modules[0]], cuts, levels[0], sites, denoiser.up_blocks))
         return Layout(sites, [level for level in levels if level.index in used], images, pairs)
 
     def grids(self, denoiser: Any, height: int, width: int) -> list[tuple[int, int]]:

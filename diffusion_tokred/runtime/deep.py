@@ -2,13 +2,14 @@
 
 A UNet hands what its outer layers find to their opposites on the way up, beside what comes out of the layers between.
 So the layers between can be left out, if their output is known from an earlier step: nothing else needs them. They are
-wrapped one by one, or block by block, and the UNet's own loop runs as it is: what is left out returns stand-ins of the
-right shapes, so that what others add to it (ControlNets, T2I-Adapters) fits, and only the last one returns something.
+wrapped one by one, or block by block, and the UNet's own loop runs as it is: what is left out returns stand-ins, and
+only the last one returns something. They have no samples, so that it takes no time to join them; where others add
+something to them (ControlNets, T2I-Adapters, FreeU), they are of the right shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from .site import Block, Level, Site
 from .stack import PairCall
 from .store import Slot
 from .work import Weights
+
+# Arguments of a UNet's call that are added to what its blocks return, and what FreeU leaves at blocks.
+_ADDED = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+_FREEU = ("s1", "s2", "b1", "b2")
 
 
 class Cut(NamedTuple):
@@ -43,14 +48,20 @@ class DeepSite(Site):
         cuts: the ways to divide the UNet, the one with the largest inner part first; a method chooses with `divide`.
         level: the level whose memory, clock and grid it goes by.
         sites: all sites of the UNet; `inner` are those of the inner part.
+        ups: the UNet's blocks of the way up.
+
+    Attributes:
+        touched: in this call something is added to what modules return, or made of it.
     """
 
     kind = "deep"
 
-    def __init__(self, name: str, cuts: Sequence[Cut], level: Level, sites: Sequence[Site]) -> None:
+    def __init__(
+        self, name: str, cuts: Sequence[Cut], level: Level, sites: Sequence[Site], ups: Sequence[nn.Module]
+    ) -> None:
         module = cuts[-1].modules[0]
         super().__init__(name, module, Block(0, name, module, cuts[0].width, level), level)
-        self.cuts, self._sites = list(cuts), tuple(sites)
+        self.cuts, self._sites, self._ups, self.touched = list(cuts), tuple(sites), tuple(ups), True
         self.divide(0)
 
     def divide(self, branch: int) -> None:
@@ -80,6 +91,10 @@ class DeepSite(Site):
 
     def weights(self) -> Weights:
         return Weights(query=0)  # all that it computes is its inner sites', or lies between them
+
+    def check(self, inputs: Mapping[str, Any]) -> None:
+        added = any(inputs.get(name) is not None for name in _ADDED)
+        self.touched = added or any(getattr(block, name, None) for block in self._ups for name in _FREEU)
 
     def slots(self) -> dict[str, Slot]:
         return {name: Slot() for name in (self.name, *self._names())}
@@ -120,10 +135,16 @@ class DeepPart(Wrapper):
             return out
         if slot.out is None:
             raise StateError(f"{site.name}: nothing is kept of this run, its full step was broken off: begin a new run")
-        hidden, *rest = (slot.out,) if isinstance(slot.out, Tensor) else slot.out
+        kept = slot.out if site.touched else _none_of(slot.out)
+        hidden, *rest = (kept,) if isinstance(kept, Tensor) else kept
         # Written into, too, but of a stand-in nothing is ever used: filling it would be a good part of such a step.
         hidden = hidden.new_empty(hidden.shape) if self.method is None else self.method.leave(PairCall(site), None)
         return (hidden, *rest) if isinstance(slot.out, tuple) else hidden
+
+
+def _none_of(out: Any) -> Any:
+    """The same without a sample."""
+    return out[:0] if isinstance(out, Tensor) else tuple(_none_of(part) for part in out)
 
 
 def _stand_in(out: Any, zero: Tensor) -> Any:

@@ -226,6 +226,17 @@ OUTER = {  # tiny.sd: a layer and a downsampler a block on the way down, two lay
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("variant", [tiny.controlnet, adapter, freeu, lambda pipe: pipe])
+def test_stand_ins_have_samples_only_where_something_is_added(variant):
+    """Joining them would take its time."""
+    pipe = tokred.patch(variant(tiny.sd()), interval=5, **SHORT)
+    seen = []
+    tiny.denoiser(pipe).mid_block.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    run(pipe)
+    added = variant in (tiny.controlnet, adapter, freeu)
+    assert seen == [2, *[2 if added else 0] * 4]
+
+
 @pytest.mark.parametrize("branch", OUTER)
 def test_nothing_inside_runs(branch):
     pipe = tokred.patch(tiny.sd(), branch=branch, **SHORT)
