@@ -35,6 +35,7 @@ from .schedule.policy import Policy
 from .tokens import mix
 
 RECORDS = (None, "time", "tokens")
+_WORDS = ("encoder_hidden_states", "encoder_hidden_states_image", "class_labels")  # arguments that say what is drawn
 # The last finished run of each denoiser, kept here and not on the model: unpatching leaves nothing on the model, and
 # the report is still wanted then.
 REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
@@ -124,8 +125,8 @@ class Driver:
         if info.new_run:
             self._close()
             self.report = Report(self.method.name, self.method.config.to_dict(), type(denoiser).__name__)
-            if self.regions.begin():
-                self._counts.clear()
+            self.regions.begin()
+            self._counts.clear()  # projections may have been fused
             if not getattr(self.policy, "is_dense", False) and (reason := self.method.rests(info.total)):
                 warnings.warn(reason, stacklevel=2)
             self._told = False
@@ -217,7 +218,7 @@ class Driver:
         with another prompt, has one of its own."""
         keeps = self.keeping(info.total)
         text = int(self.backbone.text(self.denoiser, inputs))
-        words = inputs.get("encoder_hidden_states", inputs.get("class_labels")) if keeps else None
+        words = tuple(inputs.get(name) for name in _WORDS) if keeps else ()
         for level in self.levels:
             level.halves, level.status, level.recording = info.halves, None, self.record == "tokens"
             level.scratch, level.running, level.at = {}, True, None

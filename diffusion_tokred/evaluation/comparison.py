@@ -162,7 +162,8 @@ def compare_field(
             bench: Bench | None = None
             pictures: Pictures | None = None
             for row in chosen_rows(_family(name), rows):
-                if (found := notes.done(name, mode, row)) is None:
+                found = notes.done(name, mode, row)
+                if found is None or "quality_error" in found:
                     where = where or (_embedded(name, settings) if name in EMBEDDED else _real(name, settings))
                     if bench is None:
                         tell(f"{name}, {mode}: profiling the unpatched model", 0.0)
@@ -170,35 +171,41 @@ def compare_field(
                         if name in EMBEDDED and settings.pictures:
                             prompts = evaluation_prompts(settings.pictures)
                             pictures = Pictures(where.pipe, bench.part, where.call, settings.steps, prompts)
-                    found = {"shape": name, "mode": mode, "model": _model(where)}
                     told = partial(_tell, tell, f"{name}, {mode}, {row.name}")
-                    found |= _measured(bench, row, settings, pictures, told)
+                    if found is None:
+                        found = {"shape": name, "mode": mode, "model": _model(where)}
+                        found |= _measured(bench, row, settings, told)
+                    if found["error"] is None:
+                        found = _drawn(found, row, pictures, told)
                     notes.add(found)
                 if done is not None:
                     done(found)
     return notes.result()
 
 
-def _measured(bench: Bench, row: Row, settings: Settings, pictures: Pictures | None, tell: Progress) -> dict[str, Any]:
-    """The row; or what it says where it does not run."""
+def _measured(bench: Bench, row: Row, settings: Settings, tell: Progress) -> dict[str, Any]:
+    """The row's times; or what it says where it does not run."""
     try:
-        found = {"error": None} | measure(bench, row, settings.rounds, settings.whole, tell)
-        if pictures is None or row.name == UNPATCHED:
-            why = "unpatched" if pictures else "random weights, or no pictures asked for"
-            return found | {"quality": None, "why_null": found["why_null"] | {"quality": why}}
+        return {"error": None} | measure(bench, row, settings.rounds, settings.whole, tell)
     except (ConfigError, UnsupportedError, StateError) as error:
         return row.to_dict() | {"error": str(error)}
     except Exception as error:  # another library's, or the compiler's: the other rows go on
         return row.to_dict() | {"error": _said(error)}
+
+
+def _drawn(found: Mapping[str, Any], row: Row, pictures: Pictures | None, tell: Progress) -> dict[str, Any]:
+    """The row with the quality of its pictures; if drawing fails, with why: its times hold."""
+    found = {key: value for key, value in found.items() if key != "quality_error"}
+    if pictures is None or row.name == UNPATCHED:
+        why = "unpatched" if pictures else "random weights, or no pictures asked for"
+        return found | {"quality": None, "why_null": found["why_null"] | {"quality": why}}
+    tell("drawing", 1.0)
     try:
-        tell("drawing", 1.0)
-        return found | {"quality": pictures.quality(row)}
-    except Exception as error:  # its times hold
-        return found | {
-            "quality": None,
-            "quality_error": (said := _said(error)),
-            "why_null": found["why_null"] | {"quality": said},
-        }
+        quality = pictures.quality(row)
+    except Exception as error:
+        why = _said(error)
+        return found | {"quality": None, "quality_error": why, "why_null": found["why_null"] | {"quality": why}}
+    return found | {"quality": quality, "why_null": {k: v for k, v in found["why_null"].items() if k != "quality"}}
 
 
 def _said(error: Exception) -> str:

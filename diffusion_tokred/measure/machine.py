@@ -26,8 +26,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep what this process frees, from now on, as torch's allocator for CUDA does.
 
     By default glibc gives large blocks back to the system and faults them in again, page by page, or does not: that
-    depends on what lies at the end of the heap. A step of a small model takes a tenth longer in one run than in
-    another for that alone, patched or not. For a program, from its start: `MALLOC_TRIM_THRESHOLD_=-1
+    depends on what lies at the end of the heap. A step of a small model takes up to a fifth longer in one run
+    than in another for that alone, patched or not. For a program, from its start: `MALLOC_TRIM_THRESHOLD_=-1
     MALLOC_MMAP_MAX_=0` in its environment.
 
     Returns:

@@ -288,7 +288,7 @@ class StackCache(CacheMethod):
             return Work(0, 0, text=False)
         m = self.count(grid, ratio)
         keys = grid[0] * grid[1] if site.kind == "attention" else m
-        return Work(m, keys, projected=m, text_kept=bool(site.of_the_text()))
+        return Work(m, keys, projected=m, text_kept=site.keeps_text())
 
     def stored(
         self, site: Site, grid: tuple[int, int], ratio: float, batch: int, dtype: torch.dtype, text: int = 0
@@ -299,7 +299,7 @@ class StackCache(CacheMethod):
         rows = batch * n * row
         if "pack" in self.needs("stack"):
             rows += sum(2 * batch * n * attention.width * dtype.itemsize for attention in site.attentions)
-            asking = sum(bool(inner.of_the_text()) for inner in site.inner)
+            asking = sum(inner.keeps_text() for inner in site.inner)
             rows += asking * 2 * batch * text * site.width * dtype.itemsize
         return rows
 

@@ -4,7 +4,7 @@ A UNet hands what its outer layers find to their opposites on the way up, beside
 So the layers between can be left out, if their output is known from an earlier step: nothing else needs them. They are
 wrapped one by one, or block by block, and the UNet's own loop runs as it is: what is left out returns stand-ins, and
 only the last one returns something. They have no samples, so that it takes no time to join them; where others add
-something to them (ControlNets, T2I-Adapters, FreeU), they are of the right shapes.
+something to them (ControlNets, T2I-Adapters, FreeU, torch's hooks), they are of the right shapes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from .stack import PairCall
 from .store import Slot
 from .work import Weights
 
-# Arguments of a UNet's call that are added to what its blocks return, and what FreeU leaves at blocks.
-_ADDED = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
-_FREEU = ("s1", "s2", "b1", "b2")
+# Arguments of a UNet's call that nothing between its blocks sees. Others are added to what blocks return: ControlNets'
+# and adapters' residuals, and what forks of the UNet have.
+_APART = frozenset({
+    "sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "attention_mask",
+    "cross_attention_kwargs", "added_cond_kwargs", "encoder_attention_mask", "return_dict",
+})  # fmt: skip
+_FREEU = ("s1", "s2", "b1", "b2")  # what it leaves at blocks
 
 
 class Cut(NamedTuple):
@@ -93,8 +97,12 @@ class DeepSite(Site):
         return Weights(query=0)  # all that it computes is its inner sites', or lies between them
 
     def check(self, inputs: Mapping[str, Any]) -> None:
-        added = any(inputs.get(name) is not None for name in _ADDED)
-        self.touched = added or any(getattr(block, name, None) for block in self._ups for name in _FREEU)
+        seen = (*self.chosen.modules, *self._ups)
+        self.touched = (
+            any(value is not None for name, value in inputs.items() if name not in _APART)
+            or any(getattr(block, name, None) for block in self._ups for name in _FREEU)
+            or any(module._forward_hooks or module._forward_pre_hooks for module in seen)
+        )
 
     def slots(self) -> dict[str, Slot]:
         return {name: Slot() for name in (self.name, *self._names())}

@@ -70,12 +70,10 @@ class Regions:
         """Protect other tokens, from the next run on."""
         self._next = [] if protect is None else as_masks(protect)
 
-    def begin(self) -> bool:
-        """A run begins. Whether other tokens are protected than before."""
-        if self._next is None:
-            return False
-        self.masks, self._next, self.version = self._next, None, self.version + 1
-        return True
+    def begin(self) -> None:
+        """A run begins: with the masks that were set since the last one did."""
+        if self._next is not None:
+            self.masks, self._next, self.version = self._next, None, self.version + 1
 
     def arrive(self, level: Level, pictures: int, frames: int, device: torch.device, info: Any = None) -> None:
         """Set what is marked of a level, whose grid is known.

@@ -179,6 +179,7 @@ class Site:
     offers: frozenset[str] = frozenset()
     lacks: Mapping[str, str] = MappingProxyType({})
     inner: tuple[Site, ...] = ()
+    wrapped: frozenset[str] | None = None  # of `of_the_text`, in a patched model
     tapping: Any = None  # see `TappedSite`
 
     def __init__(self, name: str, module: nn.Module, block: Block, level: Level) -> None:
@@ -265,6 +266,12 @@ class Site:
     def of_the_text(self) -> dict[str, nn.Module]:
         """Modules, by path, that are handed nothing but the prompt, which is the same at each step of a run."""
         return {}
+
+    def keeps_text(self) -> bool:
+        """Whether what these make of it is kept, where the site is in a stack that packs. (Projections that are fused
+        after the patch are others than those that it knows.)"""
+        names = set(self.of_the_text())
+        return bool(names) and (self.wrapped is None or names <= self.wrapped)
 
     def slots(self) -> dict[str, Slot]:
         """Empty slots for what is kept here, by name of the site."""

@@ -118,6 +118,8 @@ class StackSite(Site):
             for site in self.attentions:
                 found.append(Leaf(site, attend))
             found += [TextRows(self, name, module) for name, module in self._of_the_text()]
+            for inner in self.inner:
+                inner.wrapped = frozenset(inner.of_the_text())
         return found
 
     def _of_the_text(self) -> Iterator[tuple[str, nn.Module]]:

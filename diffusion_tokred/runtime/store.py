@@ -118,7 +118,8 @@ class Memory:
         value: a slot for the level. `index` and `text` say at which step, and at which ratio, it was made.
         prepared: what `Method.prepare` made, by ratio; `scratch`: what sites derive from it.
         slots: by site. clock: see `Clock`.
-        notes: what a method makes of the denoiser's outputs; words: the prompt's embeddings, or class labels.
+        notes: what a method makes of the denoiser's outputs; words: the prompt: embeddings of text and pictures, class
+            labels, None for what there is not.
         need: bytes that the slots will come to.
     """
 
@@ -131,17 +132,21 @@ class Memory:
         self.slots: dict[str, Slot] = {}
         self.clock = Clock()
         self.notes: dict[str, Any] = {}
-        self.words: Any = None
+        self.words: Sequence[Any] = ()
         self.need = 0
 
-    def serves(self, words: Any) -> bool:
+    def serves(self, words: Sequence[Any]) -> bool:
         """Whether what is kept is good for a call with this prompt: it is the same one, or there is none to tell."""
-        if words is self.words or not isinstance(words, Tensor) or not isinstance(self.words, Tensor):
-            return words is self.words or not isinstance(words, Tensor)
-        return words.shape == self.words.shape and torch.equal(words, self.words)
+        return len(words) == len(self.words) and all(map(_same, words, self.words))
 
     @property
     def nbytes(self) -> int:
         """Bytes that the tensors in the slots keep from being freed: a view keeps all that it is a view of."""
         found = [tensor.untyped_storage() for slot in self.slots.values() for tensor in slot.tensors()]
         return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+def _same(now: Any, before: Any) -> bool:
+    if now is before or not isinstance(now, Tensor):
+        return True
+    return isinstance(before, Tensor) and now.shape == before.shape and torch.equal(now, before)

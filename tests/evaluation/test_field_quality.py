@@ -69,13 +69,17 @@ def test_times_are_kept_if_drawing_fails(tmp_path: Any, monkeypatch: pytest.Monk
     def fails(*_: Any) -> None:
         raise OSError("no space left")
 
+    quality = Pictures.quality
     monkeypatch.setattr(Pictures, "quality", fails)
     settings = Settings(steps=4, rounds=1, pictures=2)
     data = compare_field([], ["todo"], settings, pipelines=["toy-sd"], out=tmp_path / "a.json")
     assert data["rows"][1]["error"] is None and data["rows"][1]["quality_error"] == "OSError: no space left"
     monkeypatch.setattr(comparison, "measure", fails)
-    again = compare_field([], ["todo"], settings, pipelines=["toy-sd"], out=tmp_path / "a.json")
-    assert again["rows"] == json.loads((tmp_path / "a.json").read_text())["rows"]
+    monkeypatch.setattr(Pictures, "quality", quality)
+    compare_field([], ["todo"], settings, pipelines=["toy-sd"], out=tmp_path / "a.json")
+    row = json.loads((tmp_path / "a.json").read_text())["rows"][1]
+    assert row["quality"]["psnr"]["n"] == 2 and "quality_error" not in row and "quality" not in row["why_null"]
+    assert row["kinds"] == data["rows"][1]["kinds"]  # they were not measured again
 
 
 def test_shapes_of_random_weights_have_none() -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion_tokred as tokred
 from diffusion_tokred.backbones.attention import CrossAttention
+from diffusion_tokred.runtime.store import Memory
 from diffusion_tokred.testing import families, tiny
 from tests.contract.helpers import PIPES, same
 from tests.methods.caches import CACHES, KINDS, PACKED, modes, options, patched
@@ -107,6 +109,35 @@ def test_the_prompt_is_projected_at_full_steps(name, build, monkeypatch):
     calls.clear()
     tiny.run(pipe, steps=2)
     assert 0 not in calls
+
+
+def test_a_picture_that_changes_in_the_middle_of_a_run_begins_anew():
+    """Wan's: its keys are kept, too. As a prompt that changes."""
+    memory = Memory()
+    text, picture = torch.ones(1, 3, 4), torch.ones(1, 2, 4)
+    memory.words = (text, picture, None)
+    assert memory.serves((text.clone(), picture.clone(), None)) and not memory.serves((text, picture + 1, None))
+    assert not memory.serves((text + 1, picture, None)) and not memory.serves((text, torch.ones(1, 3, 4), None))
+    memory.words = (text, None, None)
+    assert memory.serves((text, None, None)) and not memory.serves((text, picture, None))
+
+
+def test_projections_that_are_fused_after_the_patch():
+    """Those are computed at each step, and counted."""
+    pipe = patched("pixart", "toca", interval=3, warmup=2)
+    tiny.run(pipe, steps=4)
+    apart = tokred.report(pipe).steps[2]
+    model, counters = tiny.denoiser(pipe), []
+    for block in model.transformer_blocks:
+        block.attn2.fuse_projections()
+        block.attn2.set_processor(FusedAttnProcessor2_0())
+    model.register_forward_pre_hook(lambda *_: counters.append(FlopCounterMode(display=False).__enter__()))
+    model.register_forward_hook(lambda *_: counters[-1].__exit__(None, None, None))
+    with sdpa_kernel(SDPBackend.MATH):
+        tiny.run(pipe, steps=4)
+    fused = tokred.report(pipe).steps[2]
+    assert apart.mode == fused.mode == "reduce" and fused.flops > apart.flops
+    assert fused.flops == counters[2].get_total_flops()
 
 
 @pytest.mark.parametrize("kind", KINDS)

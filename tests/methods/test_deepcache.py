@@ -230,11 +230,32 @@ OUTER = {  # tiny.sd: a layer and a downsampler a block on the way down, two lay
 def test_stand_ins_have_samples_only_where_something_is_added(variant):
     """Joining them would take its time."""
     pipe = tokred.patch(variant(tiny.sd()), interval=5, **SHORT)
-    seen = []
-    tiny.denoiser(pipe).mid_block.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    seen, middle = [], tiny.denoiser(pipe).mid_block
+    inner = middle.forward
+
+    def watched(*args, **kwargs):
+        seen.append(len(found := inner(*args, **kwargs)))
+        return found
+
+    middle.forward = watched
     run(pipe)
     added = variant in (tiny.controlnet, adapter, freeu)
     assert seen == [2, *[2 if added else 0] * 4]
+
+
+@pytest.mark.parametrize("branch", [0, 3])
+def test_hooks_of_others_find_the_right_shapes(branch):
+    """Torch's, on what is left out: what they add is of no effect there, as it is not kept."""
+    pipe, want = tiny.sd(), run(tokred.patch(tiny.sd(), branch=branch, **SHORT), batch=2)
+    tokred.patch(pipe, branch=branch, **SHORT)
+    noise, shapes = torch.zeros(4, 1, 1, 1), set()
+
+    def add(module, args, output):
+        shapes.add(len(output))
+        return output + noise
+
+    tiny.denoiser(pipe).mid_block.register_forward_hook(add)
+    assert same(run(pipe, batch=2), want) and shapes == {4}
 
 
 @pytest.mark.parametrize("branch", OUTER)
