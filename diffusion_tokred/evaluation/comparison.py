@@ -66,8 +66,10 @@ class Settings:
     keeps_memory: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or self.rounds < 1 or min(self.whole, self.pictures) < 0:
+        if self.steps < 2 or self.rounds < 1:
             raise ConfigError(f"a comparison needs 2 steps and a round, got {self.steps} and {self.rounds}")
+        if min(self.whole, self.pictures) < 0:
+            raise ConfigError(f"whole runs and pictures are 0 or more, got {self.whole} and {self.pictures}")
         if wrong := [mode for mode in self.modes if mode not in ("eager", "compiled")]:
             raise ConfigError(f"a mode is eager or compiled, got {wrong[0]!r}")
 
@@ -202,7 +204,7 @@ def _drawn(found: Mapping[str, Any], row: Row, pictures: Pictures | None, tell: 
     tell("drawing", 1.0)
     try:
         quality = pictures.quality(row)
-    except Exception as error:
+    except Exception as error:  # another library's, or the disk's: drawn again by the same command
         why = _said(error)
         return found | {"quality": None, "quality_error": why, "why_null": found["why_null"] | {"quality": why}}
     return found | {"quality": quality, "why_null": {k: v for k, v in found["why_null"].items() if k != "quality"}}
@@ -272,7 +274,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read, give one that --out has written or a new name: {error}") from None
     if not isinstance(data, dict) or data.get("kind") != KIND or "asked" not in data:
         raise ConfigError(f"{path} is no result of scripts/benchmark.py")
     return data

@@ -97,6 +97,7 @@ class DeepSite(Site):
         return Weights(query=0)  # all that it computes is its inner sites', or lies between them
 
     def check(self, inputs: Mapping[str, Any]) -> None:
+        """See whether anybody uses what the modules return in this call. Refuses nothing."""
         seen = (*self.chosen.modules, *self._ups)
         self.touched = (
             any(value is not None for name, value in inputs.items() if name not in _APART)

@@ -254,6 +254,7 @@ class TextRows(Wrapper):
             out = self.base(*args, **kwargs)
             slot.out, slot.dtype = packed(out, self.site.store), out.dtype
             return out
+        # Nothing is kept where skip-layer guidance left the block out of the full step.
         return self.base(*args, **kwargs) if slot.out is None else slot.out.to(slot.dtype)
 
 

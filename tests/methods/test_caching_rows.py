@@ -120,6 +120,8 @@ def test_a_picture_that_changes_in_the_middle_of_a_run_begins_anew():
     assert not memory.serves((text + 1, picture, None)) and not memory.serves((text, torch.ones(1, 3, 4), None))
     memory.words = (text, None, None)
     assert memory.serves((text, None, None)) and not memory.serves((text, picture, None))
+    memory.words = (text, picture, None)
+    assert not memory.serves((text, None, None))
 
 
 def test_projections_that_are_fused_after_the_patch():
